@@ -1,0 +1,1 @@
+"""The engine: heatmaps and head importance of a batch, torch only."""
