@@ -1,9 +1,38 @@
 """GMAR explanations and attention-head health for Vision Transformers, while they train."""
 
-from gmar_lightning.explain.ablation import ablate_heads as ablate_heads
-from gmar_lightning.explain.attention import record_attention as record_attention
-from gmar_lightning.explain.errors import UnsupportedModelError as UnsupportedModelError
-from gmar_lightning.explain.gmar import GMARResult as GMARResult
-from gmar_lightning.explain.gmar import gmar as gmar
+from typing import TYPE_CHECKING, Any
+
+from gmar_lightning.explain.ablation import HeadAblation, ablate_heads
+from gmar_lightning.explain.attention import record_attention
+from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.gmar import GMARResult, gmar
+from gmar_lightning.monitor.collapse import CollapseDetector, HeadEvent, HeadState
+from gmar_lightning.monitor.history import History
+
+if TYPE_CHECKING:
+    from gmar_lightning.callback import GMARCallback
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CollapseDetector",
+    "GMARCallback",
+    "GMARResult",
+    "HeadAblation",
+    "HeadEvent",
+    "HeadState",
+    "History",
+    "UnsupportedModelError",
+    "ablate_heads",
+    "gmar",
+    "record_attention",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Only the callback needs Lightning; everything else works where there is none.
+    if name == "GMARCallback":
+        from gmar_lightning.callback import GMARCallback
+
+        return GMARCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -103,6 +103,10 @@ class History:
         append_line(self.dir / "history.jsonl", json.dumps(line, ensure_ascii=False, allow_nan=False))
         self.records.append(line)
 
+    def remember(self, record: Mapping[str, Any]) -> None:
+        """Add one probe in memory alone, for a run whose folder cannot be written."""
+        self.records.append({**plain(dict(record)), "maps": None})
+
     def rewind(self, global_step: int) -> None:
         """Drop every probe after ``global_step``, as a run resumed from a checkpoint will repeat them.
 

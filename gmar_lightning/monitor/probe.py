@@ -1,0 +1,196 @@
+"""The probe images: drawn once, class-balanced, the same for the whole run."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from gmar_lightning.explain.isolation import isolated_random_state
+
+__all__ = ["ProbeBatch", "draw_probe", "unpack_batch"]
+
+IMAGE_KEYS = ("images", "image", "pixel_values", "inputs", "input", "x", "img")
+LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+# Candidates read per probe image when a data set does not say its labels up front.
+_CANDIDATES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeBatch:
+    """Images every probe of a run explains.
+
+    Attributes:
+        images: `(images, channels, height, width)`, on the CPU, as the model receives them.
+        labels: `(images,)` class indices, or None.
+        available: How many images the validation set had, where that is known.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    available: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of images and labels: equal exactly when the probe images are."""
+        digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
+        digest.update(self.images.float().contiguous().numpy().tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.long().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def draw_probe(loader: Any, num_images: int, transfer: Callable[[Any], Any] | None = None) -> ProbeBatch:
+    """Draw a class-balanced batch from a validation loader's data set, without touching any random stream.
+
+    The loader itself is never iterated when its data set can be indexed: starting its workers would move
+    the random state and with it the training. Random transforms see a fixed seed, so that a resumed run
+    finds the same images.
+
+    Args:
+        loader: A `DataLoader`, or a list of batches.
+        num_images: How many; all there are when there are fewer.
+        transfer: What happens to a batch on its way to the model (device, batch-transfer hooks).
+
+    Returns:
+        The batch, classes taking turns.
+
+    Raises:
+        ValueError: When images cannot be found in the batches, or the loader cannot be read without
+            disturbing it.
+    """
+    with isolated_random_state(seed=0):
+        batch, available = _drawn(loader, num_images)
+        images, labels = unpack_batch(batch if transfer is None else transfer(batch))
+    images = images.detach().cpu().clone()
+    if labels is None:
+        return ProbeBatch(images[:num_images], None, available)
+    labels = labels.detach().cpu().clone()
+    chosen = _balanced(labels.tolist(), num_images)
+    return ProbeBatch(images[chosen], labels[chosen], available)
+
+
+def unpack_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Images and labels of a batch: `(images, labels)`, a dictionary, or images alone.
+
+    Returns:
+        Images `(batch, channels, height, width)` and labels `(batch,)` or None.
+
+    Raises:
+        ValueError: Naming the keys or positions that were found.
+    """
+    if isinstance(batch, Mapping):
+        parts = {str(key): value for key, value in batch.items()}
+        images = next((parts[key] for key in IMAGE_KEYS if _is_images(parts.get(key))), None)
+        labels = next((parts[key] for key in LABEL_KEYS if _is_labels(parts.get(key))), None)
+        hint = f"name the images one of {', '.join(IMAGE_KEYS)}"
+    else:
+        sequence = batch if isinstance(batch, (tuple, list)) else [batch]
+        parts = {f"position {index}": value for index, value in enumerate(sequence)}
+        images = next((value for value in sequence if _is_images(value)), None)
+        labels = next((value for value in sequence if _is_labels(value)), None)
+        hint = "put (images, labels) first"
+    if images is None:
+        found = ", ".join(f"{name}: {_described(value)}" for name, value in parts.items()) or "nothing"
+        raise ValueError(
+            f"no images (batch, channels, height, width) in the batch; found {found}. "
+            f"Either {hint}, or pass probe_batch=(images, labels)."
+        )
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"the batch has {len(images)} images but {len(labels)} labels")
+    return images, labels
+
+
+def _drawn(loader: Any, num_images: int) -> tuple[Any, int | None]:
+    dataset = getattr(loader, "dataset", None)
+    if isinstance(loader, (list, tuple)):
+        return _merged(itertools.islice(loader, num_images)), None
+    if not isinstance(loader, DataLoader):
+        raise ValueError(
+            f"cannot draw probe images from a {type(loader).__name__} without disturbing it; "
+            "pass probe_batch=(images, labels)"
+        )
+    if isinstance(dataset, IterableDataset):
+        return _from_stream(loader, dataset, num_images), None
+    if loader.batch_sampler is None:
+        return _merged(dataset[i] for i in range(min(num_images, len(dataset)))), None  # items are batches
+    indices = _candidates(dataset, num_images)
+    if not indices:
+        raise ValueError("the validation set is empty; pass probe_batch=(images, labels)")
+    return loader.collate_fn([dataset[index] for index in indices]), len(dataset)
+
+
+def _from_stream(loader: DataLoader, dataset: IterableDataset, num_images: int) -> Any:
+    try:
+        stream = iter(copy.deepcopy(dataset))
+    except Exception as error:
+        raise ValueError(
+            f"the validation stream {type(dataset).__name__} cannot be copied ({error}), and reading the original "
+            "would take images from the validation; pass probe_batch=(images, labels)"
+        ) from error
+    items = list(itertools.islice(stream, _CANDIDATES * num_images))
+    if not items:
+        raise ValueError("the validation stream is empty; pass probe_batch=(images, labels)")
+    return _merged(items) if loader.batch_size is None else loader.collate_fn(items)
+
+
+def _candidates(dataset: Any, num_images: int) -> list[int]:
+    known = _known_labels(dataset)
+    if known is not None:
+        return _balanced(known, num_images)
+    count = min(len(dataset), _CANDIDATES * num_images)
+    return [index * len(dataset) // count for index in range(count)]
+
+
+def _known_labels(dataset: Any) -> list[Any] | None:
+    """Labels that a data set says without loading its images."""
+    if isinstance(dataset, Subset):
+        inner = _known_labels(dataset.dataset)
+        return None if inner is None else [inner[index] for index in dataset.indices]
+    for name in ("targets", "labels"):
+        labels = getattr(dataset, name, None)
+        if isinstance(labels, Tensor):
+            labels = labels.tolist()
+        if isinstance(labels, Sequence) and len(labels) == len(dataset):
+            return list(labels)
+    return None
+
+
+def _balanced(labels: Sequence[Any], num_images: int) -> list[int]:
+    """Indices with the classes taking turns, each class in data-set order."""
+    of_class: dict[Any, list[int]] = {}
+    for index, label in enumerate(labels):
+        of_class.setdefault(label, []).append(index)
+    turns = itertools.zip_longest(*(of_class[label] for label in sorted(of_class)))
+    return [index for index in itertools.chain.from_iterable(turns) if index is not None][:num_images]
+
+
+def _merged(batches: Iterable[Any]) -> Any:
+    pairs = [unpack_batch(batch) for batch in batches]
+    if not pairs:
+        raise ValueError("the validation set is empty; pass probe_batch=(images, labels)")
+    images = torch.cat([images for images, _ in pairs])
+    labels = [labels for _, labels in pairs if labels is not None]
+    return (images, torch.cat(labels)) if len(labels) == len(pairs) else (images,)
+
+
+def _is_images(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 4
+
+
+def _is_labels(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 1 and not value.is_floating_point()
+
+
+def _described(value: Any) -> str:
+    return f"tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
