@@ -1,0 +1,232 @@
+"""Parts of an image taken away: as pixels, or as tokens that nobody attends to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gmar_lightning.explain.attention import Passage, attention_door
+from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.gmar import forward, logits_of, model_inputs
+from gmar_lightning.explain.isolation import undisturbed
+
+__all__ = ["PIXEL_BASELINES", "Baseline", "Perturbation", "check_baseline", "perturbing"]
+
+Baseline = Literal["black", "mean", "blur", "attention"]
+PIXEL_BASELINES = ("black", "mean", "blur")
+
+# Class, distillation and register tokens together; more is some other arrangement than tokens plus patches.
+_MOST_PREFIX_TOKENS = 64
+
+
+def check_baseline(
+    baseline: str,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    allowed: Sequence[str] = get_args(Baseline),
+) -> None:
+    """Check what takes the place of removed parts.
+
+    Raises:
+        ValueError: With the allowed values.
+    """
+    if baseline not in allowed:
+        raise ValueError(f"baseline={baseline!r} is unknown; choose one of {', '.join(map(repr, allowed))}")
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std belong together: give both or neither")
+
+
+@contextmanager
+def perturbing(
+    model: nn.Module,
+    images: Tensor | Mapping[str, Any],
+    heatmaps: Tensor,
+    targets: Tensor,
+    *,
+    baseline: Baseline,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Iterator[Perturbation]:
+    """Run `model` on images with parts removed; inside the block nothing of it changes.
+
+    Args:
+        model: As for `gmar`.
+        images: `(batch, channels, height, width)`, or a mapping with such an entry.
+        heatmaps: `(batch, grid_h, grid_w)`: its grid is the grid of removable cells.
+        targets: `(batch,)` class indices.
+        baseline: What takes the place of a removed cell.
+        mean: Channel means that the images were normalised with; only "black" needs them.
+        std: Channel standard deviations, likewise.
+
+    Raises:
+        ValueError: For arguments that do not fit.
+    """
+    check_baseline(baseline, mean, std)
+    with undisturbed(model), torch.no_grad():
+        probe = Perturbation(model, images, heatmaps, targets, baseline, mean, std)
+        if baseline == "attention":
+            probe.check_hidden()
+        yield probe
+
+
+class Perturbation:
+    """Probability of the explained class as parts of the images are removed; one forward per answer.
+
+    Made by `perturbing`, and valid inside its block.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor | Mapping[str, Any],
+        heatmaps: Tensor,
+        targets: Tensor,
+        baseline: Baseline,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+    ) -> None:
+        self._model, self._baseline = model, baseline
+        self._inputs = model_inputs(model, images)
+        pictures = [k for k, v in self._inputs.items() if isinstance(v, Tensor) and v.ndim == 4]
+        if not pictures or not self._inputs[pictures[0]].is_floating_point():
+            raise ValueError("images must be a float tensor (batch, channels, height, width)")
+        self._key = pictures[0]
+        batch = len(self.images)
+        if heatmaps.ndim != 3 or len(heatmaps) != batch:
+            raise ValueError(f"heatmaps must be ({batch}, grid_h, grid_w), got {tuple(heatmaps.shape)}")
+        self.targets = torch.as_tensor(targets, device=self.images.device)
+        if self.targets.shape != (batch,) or self.targets.is_floating_point():
+            raise ValueError(
+                f"targets must be {batch} class indices, one per image; "
+                f"got {tuple(self.targets.shape)} of {self.targets.dtype}"
+            )
+        self.targets = self.targets.long()
+        self.grid: tuple[int, int] = (heatmaps.shape[1], heatmaps.shape[2])
+        self._mean, self._std = mean, std
+
+    @property
+    def _nothing(self) -> Tensor:
+        return torch.zeros(
+            len(self.images), math.prod(self.grid), dtype=torch.bool, device=self.images.device
+        )
+
+    @property
+    def images(self) -> Tensor:
+        """The images, `(batch, channels, height, width)`, on the model's device."""
+        return self._inputs[self._key]
+
+    @cached_property
+    def intact(self) -> Tensor:
+        """Probability on the untouched images, `(batch,)`."""
+        return self._probability(self._logits(self.images))
+
+    @cached_property
+    def empty(self) -> Tensor:
+        """Probability when every cell is removed, `(batch,)`."""
+        return self.keeping(self._nothing)
+
+    def check_hidden(self) -> None:
+        """Refuse a model that goes on reading patch tokens which nobody attends to any more.
+
+        Raises:
+            UnsupportedModelError: When the logits still depend on the image with every patch hidden.
+        """
+        logits = self._logits_masked(self.images, self._nothing)
+        others = self._logits_masked(1 - self.images, self._nothing)
+        if (logits - others).abs().max() > 1e-3 * logits.abs().max():
+            raise UnsupportedModelError(
+                "with every patch hidden from attention the logits still depend on the image: the classifier reads "
+                "the patch tokens themselves (mean pooling), or part of its attention is not computed by "
+                "scaled_dot_product_attention. Take baseline='black', 'mean' or 'blur'."
+            )
+        self.empty = self._probability(logits)
+
+    def keeping(self, keep: Tensor) -> Tensor:
+        """Probability when only some cells are left, `(batch,)`.
+
+        Args:
+            keep: `(batch, cells)`, True where a cell of the grid stays.
+        """
+        keep = keep.to(self.images.device)
+        if self._baseline == "attention":
+            return self._probability(self._logits_masked(self.images, keep))
+        share = keep.unflatten(1, self.grid)[:, None].float()
+        return self.blending(F.interpolate(share, self.images.shape[-2:], mode="nearest")[:, 0])
+
+    def blending(self, share: Tensor) -> Tensor:
+        """Probability when each pixel is a mixture of image and baseline, `(batch,)`.
+
+        Args:
+            share: `(batch, height, width)`, share of the image in [0, 1].
+        """
+        share = share[:, None].to(self.images)
+        return self._probability(self._logits(torch.lerp(self._removed, self.images, share)))
+
+    @cached_property
+    def _removed(self) -> Tensor:
+        images = self.images
+        if self._baseline == "mean":
+            return images.mean((-2, -1), keepdim=True).expand_as(images)
+        if self._baseline == "blur":
+            return _blurred(images, self.grid)
+        black = torch.zeros(images.shape[1], 1, 1)
+        if self._mean is not None and self._std is not None:
+            black = -torch.tensor(self._mean)[:, None, None] / torch.tensor(self._std)[:, None, None]
+        return black.to(images).expand_as(images)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        return logits_of(forward(self._model, {**self._inputs, self._key: images}))
+
+    def _probability(self, logits: Tensor) -> Tensor:
+        if not 0 <= int(self.targets.min()) <= int(self.targets.max()) < logits.shape[1]:
+            raise ValueError(f"targets must name one of the model's {logits.shape[1]} classes")
+        return logits.float().softmax(-1).gather(1, self.targets[:, None])[:, 0]
+
+    def _logits_masked(self, images: Tensor, keep: Tensor) -> Tensor:
+        with attention_door(self._model, lambda passage: _without_keys(passage, keep)):
+            return self._logits(images)
+
+
+def _without_keys(passage: Passage, keep: Tensor) -> Tensor:
+    """An attention call in which some patch tokens are no keys; a query left without any key gets zeros."""
+    prefix = passage.k.shape[-2] - keep.shape[1]
+    if len(passage.q) != len(keep) or not 0 <= prefix <= _MOST_PREFIX_TOKENS:
+        raise UnsupportedModelError(
+            f"{passage.name} ({passage.owner}) attends to keys of shape {tuple(passage.k.shape)} for {len(keep)} "
+            f"images with {keep.shape[1]} cells: the heatmap's grid is not the patch grid, or attention is windowed "
+            "or pooled. Take a pixel baseline."
+        )
+    allowed = F.pad(keep, (prefix, 0), value=True)[:, None, None]
+    if passage.causal:
+        square = torch.ones(passage.q.shape[-2], passage.k.shape[-2], dtype=torch.bool, device=keep.device)
+        allowed = allowed & square.tril()
+    given = passage.mask
+    if given is None:
+        mask = allowed
+    elif given.dtype == torch.bool:
+        mask = allowed = given & allowed
+    else:
+        mask = torch.where(allowed, given, -math.inf)
+    return torch.where(allowed.any(-1, keepdim=True), passage.compute(mask), 0)
+
+
+def _blurred(images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Gaussian blur whose standard deviation is the side of a cell: what a cell shows is gone."""
+    channels = images.shape[1]
+    blurred = images.float()
+    for axis in (0, 1):
+        side = images.shape[2 + axis] / grid[axis]
+        reach = math.ceil(3 * side)
+        kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=images.device) / side) ** 2)
+        kernel = (kernel / kernel.sum()).expand(channels, 1, -1)
+        pad = (reach, reach, 0, 0) if axis else (0, 0, reach, reach)
+        kernel = kernel[:, :, None] if axis else kernel[..., None]
+        blurred = F.conv2d(F.pad(blurred, pad, mode="replicate"), kernel, groups=channels)
+    return blurred.to(images.dtype)
