@@ -29,7 +29,7 @@ from gmar_lightning.monitor.schedule import Every
 from gmar_lightning.show.console import alarm_text
 from gmar_lightning.show.panels import as_metrics
 from gmar_lightning.show.publisher import Publisher
-from gmar_lightning.show.render import to_uint8_image
+from gmar_lightning.show.render import enlarged, to_uint8_image
 from gmar_lightning.trainer import (
     callable_model,
     class_names_of,
@@ -321,7 +321,7 @@ class GMARCallback(Callback):
         self._publisher = Publisher.open(
             folder if on_disk else None,
             self._probe,
-            [to_uint8_image(image, mean, std) for image in self._probe.images[: self.num_heatmaps]],
+            [enlarged(to_uint8_image(image, mean, std)) for image in self._probe.images[: self.num_heatmaps]],
             trainer.loggers,
             names=self.class_names or class_names_of(trainer, pl_module),
             settings=self._settings(),

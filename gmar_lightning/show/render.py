@@ -11,6 +11,7 @@ from gmar_lightning.show.grids import evolution_raster, importance_grid, relativ
 
 __all__ = [
     "contact_sheet",
+    "enlarged",
     "evolution_raster",
     "importance_grid",
     "overlay",
@@ -55,6 +56,21 @@ def to_uint8_image(
         array = 255.0 * _in_unit_range(array, mean, std)
     array = np.clip(np.nan_to_num(array, nan=127.0), 0, 255).round().astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
+
+
+def enlarged(image: np.ndarray, least: int = 192) -> np.ndarray:
+    """An image whose longer side is under `least` pixels, enlarged to it; others as they are.
+
+    Args:
+        image: uint8 ``(height, width, 3)``.
+        least: pixels.
+    """
+    height, width = image.shape[:2]
+    factor = least / max(height, width)
+    if factor <= 1:
+        return image
+    size = (round(width * factor), round(height * factor))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
 
 
 def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.75) -> np.ndarray:

@@ -1,0 +1,137 @@
+"""Heatmaps for image files, from a checkpoint that `train.py` wrote."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.gmar import GMARResult, gmar
+from gmar_lightning.explain.importance import Norm
+from gmar_lightning.explain.rollout import Rollout
+from gmar_lightning.show.render import contact_sheet, enlarged, importance_grid, overlay
+from gmar_lightning.training.model import Classifier
+
+__all__ = ["add_arguments", "explain_files"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `python -m gmar_lightning explain`."""
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint that train.py wrote")
+    parser.add_argument("--out", type=Path, default=Path("heatmaps"), help="folder for the pictures")
+    parser.add_argument(
+        "--target", default="predicted", help="class name or index; default: the predicted class"
+    )
+    parser.add_argument("--norm", choices=get_args(Norm), default="l1")
+    parser.add_argument("--rollout", choices=get_args(Rollout), default="paper")
+    parser.add_argument(
+        "--heads", action="store_true", help="also draw the head-importance grid of each image"
+    )
+
+
+def explain_files(arguments: argparse.Namespace) -> int:
+    """Explain each file, write `<name>_gmar.jpg`, and say what was predicted.
+
+    Args:
+        arguments: As parsed with `add_arguments`.
+
+    Returns:
+        Exit code: 0 when all files were explained, 1 when some were not, 2 when none could be.
+    """
+    try:
+        model = Classifier.load_from_checkpoint(arguments.checkpoint, map_location="cpu").eval()
+        target = _class_index(arguments.target, model.class_names)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        print(f"{arguments.checkpoint}: cannot be used: {error}", file=sys.stderr)
+        return 2
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    paths, done = _distinct_names(arguments.images), 0
+    for path, name in paths:
+        try:
+            photograph = _read(path, model.image_size)
+        except (OSError, SyntaxError, ValueError) as error:
+            print(f"{path}: skipped, cannot be read: {error}", file=sys.stderr)
+            continue
+        try:
+            result = gmar(
+                model,
+                _normalised(photograph, model)[None],
+                None if target is None else torch.tensor([target]),
+                norm=arguments.norm,
+                rollout=arguments.rollout,
+            )
+        except (UnsupportedModelError, ValueError) as error:
+            print(f"{arguments.checkpoint}: {error}", file=sys.stderr)
+            return 2
+        _write(arguments.out / f"{name}_gmar.jpg", photograph, result, with_heads=arguments.heads)
+        print(f"{path}: {_said(result, model.class_names)} -> {arguments.out / f'{name}_gmar.jpg'}")
+        done += 1
+    return 0 if done == len(paths) else 1 if done else 2
+
+
+def _class_index(target: str, names: Sequence[str] | None) -> int | None:
+    if target == "predicted":
+        return None
+    if names is not None and target in names:
+        return list(names).index(target)
+    if target.isdigit():
+        return int(target)
+    known = ", ".join(names) if names else "no names, give an index"
+    raise ValueError(f"--target {target!r} is no class of this model: {known}")
+
+
+def _distinct_names(paths: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Each file with a name for its picture; files of one stem in several folders stay apart."""
+    seen: dict[str, int] = {}
+
+    def name(path: Path) -> str:
+        seen[path.stem] = seen.get(path.stem, 0) + 1
+        return path.stem if seen[path.stem] == 1 else f"{path.stem}_{seen[path.stem]}"
+
+    return [(path, name(path)) for path in paths]
+
+
+def _read(path: Path, size: int) -> np.ndarray:
+    """The photograph as validation sees it: shorter side resized, centre cropped."""
+    with Image.open(path) as image:
+        rgb = image.convert("RGB")
+    factor = size / min(rgb.size)
+    width, height = (max(size, round(side * factor)) for side in rgb.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = rgb.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def _normalised(photograph: np.ndarray, model: Classifier) -> Tensor:
+    image = torch.from_numpy(photograph.copy()).permute(2, 0, 1).float() / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in (model.mean, model.std))
+    return (image - mean) / std
+
+
+def _write(path: Path, photograph: np.ndarray, result: GMARResult, with_heads: bool) -> None:
+    image = enlarged(photograph)
+    heat = overlay(image, result.heatmaps[0].numpy())
+    Image.fromarray(contact_sheet([image, heat], columns=2)).save(path, quality=92)
+    if with_heads:
+        grid = importance_grid(result.head_weights[0].numpy(), layers=result.layers)
+        Image.fromarray(grid).save(path.with_name(path.stem.removesuffix("_gmar") + "_heads.png"))
+
+
+def _said(result: GMARResult, names: Sequence[str] | None) -> str:
+    probabilities = result.logits[0].softmax(-1)
+
+    def one(index: int) -> str:
+        name = names[index] if names is not None and index < len(names) else str(index)
+        return f"{name} {float(probabilities[index]):.2f}"
+
+    predicted, explained = int(probabilities.argmax()), int(result.targets[0])
+    return one(predicted) + ("" if predicted == explained else f", explained for {one(explained)}")
