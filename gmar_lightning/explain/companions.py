@@ -52,7 +52,8 @@ def companion_signals(call: AttentionCall, layout: TokenLayout, keys: Tensor | N
         entropy += (spread * asked[:, None, rows]).sum(-1)
         if layout.grid is not None and queries > 1:
             far, is_patch = _distances(layout.grid, layout.prefix, rows, call.q.device)
-            on_patches = attention[..., layout.prefix :] * is_patch[:, None]
+            patches = slice(layout.prefix, layout.prefix + far.shape[-1])
+            on_patches = attention[..., patches] * is_patch[:, None]
             reach += (on_patches * far).sum((-2, -1))
             mass += on_patches.sum((-2, -1))
     largest = real.sum(-1).clamp_min(2).log()[:, None]
@@ -69,4 +70,5 @@ def _distances(
     index = torch.arange(grid[0] * grid[1], device=device)
     places = torch.stack([index // grid[1], index % grid[1]], -1).float()
     queries = torch.arange(rows.start, rows.stop, device=device) - prefix
-    return torch.cdist(places[queries.clamp_min(0)], places), (queries >= 0).float()
+    is_patch = (queries >= 0) & (queries < len(index))
+    return torch.cdist(places[queries.clamp(0, len(index) - 1)], places), is_patch.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -14,9 +15,29 @@ from gmar_lightning.explain.attention import AttentionCall, Recording, recording
 from gmar_lightning.explain.companions import companion_signals
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.importance import Norm, head_importance, head_weights
+from gmar_lightning.explain.inputs import (
+    batch_size,
+    checked_targets,
+    classifier_of,
+    forward,
+    image_key,
+    logits_of,
+    micro_batches,
+    model_inputs,
+    padding_of,
+)
 from gmar_lightning.explain.isolation import undisturbed
+from gmar_lightning.explain.refusals import check_plain_attention, check_reached, is_pool
 from gmar_lightning.explain.rollout import Rollout, roll_out, to_grid
-from gmar_lightning.explain.tokens import TokenLayout, check_plain_attention, readout_rows, token_layout
+from gmar_lightning.explain.tokens import (
+    TokenLayout,
+    check_rows_apart,
+    direction,
+    last_tokens,
+    readout_rows,
+    token_layout,
+)
+from gmar_lightning.explain.trace import as_tokens
 
 __all__ = ["GMARResult", "check_form", "classifier_of", "forward", "gmar", "logits_of", "model_inputs"]
 
@@ -95,25 +116,30 @@ def gmar(
     classifier = classifier_of(model, module)
     with undisturbed(classifier):
         inputs = model_inputs(classifier, images)
-        batch = _batch_size(inputs)
-        goals = None if targets is None else _checked_targets(targets, batch)
-        step = micro_batch_size or batch
-        parts = []
-        for start in range(0, batch, step):
-            rows = slice(start, start + step)
-            part = {key: value[rows] if _is_batched(value, batch) else value for key, value in inputs.items()}
-            parts.append(
-                _explain(
-                    classifier,
-                    part,
-                    None if goals is None else goals[rows],
-                    norm=norm,
-                    rollout=rollout,
-                    residual=1.0 if residual is None else residual,
-                    companions=companions,
-                )
-            )
-    return _joined(parts)
+        batch = batch_size(inputs)
+        goals = None if targets is None else checked_targets(targets, batch)
+        explain = functools.partial(
+            _explain,
+            classifier,
+            norm=norm,
+            rollout=rollout,
+            residual=1.0 if residual is None else residual,
+            companions=companions,
+        )
+        return _joined([explain(*part) for part in micro_batches(inputs, goals, micro_batch_size or batch)])
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """What one forward and one backward showed of a batch; `start` is the readout row `(batch, tokens)`."""
+
+    calls: list[AttentionCall]
+    grads: list[Tensor]
+    start: Tensor
+    layout: TokenLayout
+    padding: Tensor | None
+    logits: Tensor
+    targets: Tensor
 
 
 def _explain(
@@ -126,29 +152,22 @@ def _explain(
     residual: float,
     companions: bool,
 ) -> GMARResult:
-    padding = inputs.get("attention_mask")
-    with recording(classifier) as found:
-        logits = logits_of(forward(classifier, inputs))
-        batch = len(logits)
-        check_plain_attention(found, batch)
-        layout = token_layout(found, classifier, _image_size(inputs))
-        goals = logits.argmax(-1) if targets is None else targets.to(logits.device)
-        if goals.max() >= logits.shape[1]:
-            raise ValueError(
-                f"targets name class {int(goals.max())}, but the model has {logits.shape[1]} classes"
-            )
-        score = logits.gather(1, goals[:, None]).sum()
-        grads, token_grad = _gradients(found, score)
-    logits, names = logits.detach(), tuple(call.name for call in found.calls)
-    start = _readout(classifier, inputs, found.calls, token_grad)
-    del token_grad
-    signals = [companion_signals(call, layout, padding) for call in found.calls] if companions else []
-    scores = [
-        head_importance(call, grad, norm, padding) for call, grad in zip(found.calls, grads, strict=True)
+    form: Any = {"norm": norm, "rollout": rollout, "residual": residual, "companions": companions}
+    seen = _measure(classifier, inputs, targets)
+    if seen is None:
+        halves = micro_batches(inputs, targets, -(-batch_size(inputs) // 2))
+        return _joined([_explain(classifier, *half, **form) for half in halves])
+    calls, layout, padding = seen.calls, seen.layout, seen.padding
+    signals = [companion_signals(call, layout, padding) for call in calls] if companions else []
+    scores = [head_importance(*pair, norm, padding) for pair in zip(calls, seen.grads, strict=True)]
+    weights = [
+        head_weights(torch.ones_like(score) if norm == "uniform" else score).masked_fill(
+            score.isnan(), torch.nan
+        )
+        for score in scores
     ]
-    weights = [head_weights(_even(score) if norm == "uniform" else score) for score in scores]
-    steps = list(zip(found.calls, weights, grads, strict=True))
-    if found.calls[-1].q.shape[-2] != found.calls[-1].k.shape[-2]:
+    steps, start = list(zip(calls, weights, seen.grads, strict=True)), seen.start
+    if is_pool(calls[-1]):
         # The pool's own head-weighted row is where the rollout over the token layers starts.
         pool, pool_weights, _ = steps.pop()
         start = (pool_weights[:, :, None] * pool.attention()[:, :, 0]).sum(1)
@@ -158,61 +177,105 @@ def _explain(
         heatmaps=_folded(row, layout, padding),
         importance=_ragged(scores),
         head_weights=_ragged(weights),
-        logits=_reduced(logits),
-        targets=goals,
-        layers=names,
+        logits=seen.logits if seen.logits.dtype == torch.float64 else seen.logits.float(),
+        targets=seen.targets,
+        layers=tuple(call.name for call in calls),
         entropy=_ragged([signal.entropy for signal in signals]) if signals else None,
         distance=_ragged([signal.distance for signal in signals]) if signals else None,
         output_norm=_ragged([signal.output_norm for signal in signals]) if signals else None,
     )
 
 
-def _gradients(found: Recording, score: Tensor) -> tuple[list[Tensor], Tensor | None]:
-    """Gradients of the score at the attention outputs and at the last token tensor that the logits read."""
-    if not score.requires_grad:
-        raise UnsupportedModelError(
-            "the logits carry no gradient back to the attention layers: the model's forward detaches its features "
-            "or runs under torch.no_grad(). Freeze with requires_grad_(False) instead."
-        )
-    outputs, tokens = [call.output for call in found.calls], found.trace.tokens
-    grads = torch.autograd.grad(score, [*outputs, *tokens], allow_unused=True)
-    at_outputs = [
-        torch.zeros_like(output) if grad is None else grad
-        for output, grad in zip(outputs, grads, strict=False)
-    ]
-    at_tokens = [grad for grad in grads[len(outputs) :] if grad is not None]
-    return at_outputs, at_tokens[-1] if at_tokens else None
+def _measure(classifier: nn.Module, inputs: dict[str, Any], targets: Tensor | None) -> _Measured | None:
+    """Forward and backward; None when the batch is as long as the token axis and the two look alike."""
+    with recording(classifier) as found:
+        logits, image = _forward(classifier, inputs)
+        batch = len(logits)
+        check_plain_attention(found, batch)
+        tokens = found.calls[0].k.shape[-2]
+        if batch == tokens > 1:
+            return None
+        padding = padding_of(inputs, tokens)
+        layout = token_layout(found, classifier, image)
+        goals = logits.argmax(-1) if targets is None else targets.to(logits.device)
+        if goals.max() >= logits.shape[1]:
+            raise ValueError(
+                f"targets name class {int(goals.max())}, but the model has {logits.shape[1]} classes"
+            )
+        score = logits.gather(1, goals[:, None]).sum()
+        start = _readout(classifier, inputs, found, score, image)
+        edges: Any = [call.edge for call in found.calls]
+        grads = check_reached(found.calls, torch.autograd.grad(score, edges, allow_unused=True))
+    if not is_pool(found.calls[-1]):
+        check_rows_apart(*_last_depth(found.calls, grads), start)
+    return _Measured(found.calls, grads, start, layout, padding, logits.detach(), goals)
+
+
+def _forward(classifier: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Logits, and the images at the head of their graph."""
+    key = image_key(inputs)
+    if key is None or not inputs[key].is_floating_point():
+        return logits_of(forward(classifier, inputs)), None if key is None else inputs[key]
+    # The copy is no leaf, so that a model may normalise its input in place, and never the caller's.
+    image = inputs[key].detach().requires_grad_().clone()
+    return logits_of(forward(classifier, {**inputs, key: image})), image
 
 
 def _readout(
-    classifier: nn.Module, inputs: dict[str, Any], calls: list[AttentionCall], token_grad: Tensor | None
+    classifier: nn.Module, inputs: dict[str, Any], found: Recording, score: Tensor, image: Tensor | None
 ) -> Tensor:
-    if calls[-1].q.shape[-2] != calls[-1].k.shape[-2]:
-        return calls[-1].q.new_ones(calls[-1].q.shape[0], 1)
-    if token_grad is None:
-        raise UnsupportedModelError(
-            f"after {calls[-1].name} no module returned (batch, tokens, channels), so the tokens that the "
-            "classifier reads cannot be told apart."
-        )
-    if not token_grad.isfinite().all():
-        return token_grad.new_full(token_grad.shape[:2], torch.nan)
-    if token_grad.flatten(1).abs().amax(-1).eq(0).any():
-        token_grad = _gradient_before_head(classifier, inputs)
-    return readout_rows(token_grad)
+    """The row of tokens that the classifier reads, `(batch, tokens)`; NaN for an image without finite logits."""
+    read = last_tokens(found, score, image)
+    last = found.calls[-1]
+    if is_pool(last):
+        return last.q.new_ones(len(last.q), 1)
+    grad = _token_grad(score, read, last)
+    finite = grad.isfinite().flatten(1).all(-1)
+    if (grad.flatten(1).abs().amax(-1).eq(0) & finite).any():
+        grad = torch.where(finite[:, None, None], _grad_before_head(classifier, inputs), torch.nan)
+    rows = readout_rows(grad.masked_fill(~finite[:, None, None], 1.0))
+    if (rows > 0).float().mean() > 0.5:
+        _check_last_block(found, read)
+    return rows.masked_fill(~finite[:, None], torch.nan)
 
 
-def _gradient_before_head(classifier: nn.Module, inputs: dict[str, Any]) -> Tensor:
+def _token_grad(score: Tensor, tokens: Tensor, call: AttentionCall) -> Tensor:
+    (grad,) = torch.autograd.grad(score, tokens, retain_graph=True)
+    seen = as_tokens(grad, len(call.q), call.q.shape[-2])
+    assert seen is not None
+    return seen
+
+
+def _check_last_block(found: Recording, read: Tensor) -> None:
+    """When (nearly) all tokens are read, look at what a single one of them depends on."""
+    last = found.calls[-1]
+    tokens = as_tokens(read, len(last.q), last.q.shape[-2])
+    assert tokens is not None
+    one = tokens.shape[1] // 2
+    calls = [call for call in found.calls if call.depth == last.depth]
+    edges: Any = [call.edge for call in calls]
+    score = (tokens[:, one] * direction(tokens)).sum()
+    grads = check_reached(calls, torch.autograd.grad(score, edges, retain_graph=True, allow_unused=True))
+    only = torch.zeros(tokens.shape[:2], device=tokens.device)
+    only[:, one] = 1
+    check_rows_apart(calls, grads, only)
+
+
+def _last_depth(calls: list[AttentionCall], grads: list[Tensor]) -> tuple[list[AttentionCall], list[Tensor]]:
+    count = sum(call.depth == calls[-1].depth for call in calls)
+    return calls[-count:], grads[-count:]
+
+
+def _grad_before_head(classifier: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """Gradient at the tokens of a fixed function of the classifier's input, for a head whose weights are 0."""
     with recording(classifier) as found:
-        forward(classifier, inputs)
-        pooled, tokens = found.trace.pooled, found.trace.tokens
-        if pooled is not None and pooled.requires_grad and tokens:
-            # Not a plain sum: the sum over a LayerNorm's output is constant.
-            direction = torch.arange(pooled.shape[-1], device=pooled.device).cos().to(pooled.dtype)
-            grads = torch.autograd.grad((pooled * direction).sum(), tokens, allow_unused=True)
-            used = [grad for grad in grads if grad is not None]
-            if used and used[-1].flatten(1).abs().amax(-1).gt(0).all():
-                return used[-1]
+        _, image = _forward(classifier, inputs)
+        pooled = found.trace.pooled
+        if pooled is not None and pooled.requires_grad:
+            score = (pooled * direction(pooled)).sum()
+            grad = _token_grad(score, last_tokens(found, score, image), found.calls[-1])
+            if grad.flatten(1).abs().amax(-1).gt(0).all():
+                return grad
     raise UnsupportedModelError(
         "the logits do not depend on the tokens at all (a head initialised to zero?), and no linear layer on "
         "pooled features was seen that would tell which tokens are read."
@@ -240,108 +303,6 @@ def _ragged(per_layer: list[Tensor]) -> Tensor:
     widest = max(layer.shape[1] for layer in per_layer)
     padded = [nn.functional.pad(layer, (0, widest - layer.shape[1]), value=torch.nan) for layer in per_layer]
     return torch.stack(padded, 1)
-
-
-def _even(scores: Tensor) -> Tensor:
-    return torch.ones_like(scores)
-
-
-def _reduced(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def classifier_of(model: nn.Module, module: str | None) -> nn.Module:
-    """The submodule at a dotted path, or the model itself.
-
-    Raises:
-        ValueError: When there is no such submodule, with those there are.
-    """
-    if module is None:
-        return model
-    try:
-        return model.get_submodule(module)
-    except AttributeError:
-        children = ", ".join(name for name, _ in model.named_children()) or "none"
-        raise ValueError(
-            f"module={module!r} is not a submodule of {type(model).__name__}; its children: {children}"
-        ) from None
-
-
-def model_inputs(classifier: nn.Module, images: Tensor | Mapping[str, Any]) -> dict[str, Any]:
-    """The batch on the model's device and in its precision, safe to differentiate through.
-
-    Returns:
-        Keyword arguments; a plain image tensor sits under the empty name.
-    """
-    parameter = next((p for p in classifier.parameters() if p.is_floating_point()), None)
-    inputs = dict(images) if isinstance(images, Mapping) else {"": images}
-    return {key: _fitted(value, parameter) for key, value in inputs.items()}
-
-
-def _fitted(value: Any, parameter: nn.Parameter | None) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    # A tensor made under inference mode can never enter a graph; its clone can.
-    value = value.clone() if value.is_inference() else value.detach()
-    if parameter is None:
-        return value
-    low = torch.is_autocast_enabled(parameter.device.type)
-    dtype = parameter.dtype if value.is_floating_point() and not low else value.dtype
-    return value.to(device=parameter.device, dtype=dtype)
-
-
-def forward(classifier: nn.Module, inputs: dict[str, Any]) -> Any:
-    """Run the classifier on what `model_inputs` prepared."""
-    return classifier(inputs[""]) if "" in inputs else classifier(**inputs)
-
-
-def logits_of(output: Any) -> Tensor:
-    """The `(batch, classes)` logits in what a model returned.
-
-    Raises:
-        UnsupportedModelError: Naming what was returned instead.
-    """
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if isinstance(logits, Tensor) and logits.ndim == 2:
-        return logits
-    seen = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
-    raise UnsupportedModelError(
-        f"the forward pass returned {seen}; expected logits (batch, classes), as a tensor or in .logits. "
-        "Name the classifier inside the model with module=."
-    )
-
-
-def _image_size(inputs: dict[str, Any]) -> tuple[int, int] | None:
-    for value in inputs.values():
-        if isinstance(value, Tensor) and value.ndim == 4:
-            return value.shape[-2], value.shape[-1]
-    return None
-
-
-def _batch_size(inputs: dict[str, Any]) -> int:
-    for key, value in inputs.items():
-        if isinstance(value, Tensor) and value.ndim:
-            if key == "" and value.ndim != 4:
-                raise ValueError(f"images must be (batch, channels, height, width), got {tuple(value.shape)}")
-            if len(value) == 0:
-                raise ValueError("the batch is empty")
-            return len(value)
-    raise ValueError("no tensor among the inputs: pass images, or a mapping of the model's arguments")
-
-
-def _is_batched(value: Any, batch: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
-
-
-def _checked_targets(targets: Any, batch: int) -> Tensor:
-    goals = torch.as_tensor(targets)
-    if goals.shape != (batch,) or goals.is_floating_point() or goals.dtype == torch.bool:
-        raise ValueError(
-            f"targets must be {batch} class indices, one per image; got {tuple(goals.shape)} of {goals.dtype}"
-        )
-    if goals.min() < 0:
-        raise ValueError(f"targets must be class indices >= 0; got {int(goals.min())}")
-    return goals.clone().long() if goals.is_inference() else goals.long()
 
 
 def check_form(norm: str, rollout: str, residual: float | None, micro_batch_size: int | None) -> None:

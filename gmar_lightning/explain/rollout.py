@@ -82,8 +82,8 @@ def roll_out(
 
 
 def to_grid(row: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
-    """Drop the prefix tokens and fold the rest into the patch grid, `(batch, grid_h, grid_w)`."""
-    return row[:, prefix:].unflatten(-1, grid)
+    """Take the patches behind the prefix tokens and fold them into the grid, `(batch, grid_h, grid_w)`."""
+    return row[:, prefix : prefix + grid[0] * grid[1]].unflatten(-1, grid)
 
 
 def _pull_depth(row: Tensor, depth: list[tuple[AttentionCall, Tensor, Tensor | None]], gated: bool) -> Tensor:

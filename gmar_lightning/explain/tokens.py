@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmar_lightning.explain.attention import AttentionCall, Recording
+from gmar_lightning.explain.attention import AttentionCall, Recording, reaches
 from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.trace import as_tokens
 
-__all__ = ["TokenLayout", "check_plain_attention", "readout_rows", "token_layout"]
+__all__ = ["TokenLayout", "check_rows_apart", "last_tokens", "readout_rows", "token_layout"]
 
 # Class, distillation, register and prompt tokens together; more than this is some other arrangement.
 _MOST_PREFIX_TOKENS = 64
 # A head reads one token, the mean of some, or both (class token beside the mean); never a mixture of many.
 _MOST_READ_GROUPS = 2
+# How far, in patches, the centre of what a token sees may lie from the centre of its patch.
+_MOST_OFFSET = 0.75
 
 
 @dataclass(frozen=True)
@@ -25,133 +30,148 @@ class TokenLayout:
 
     Attributes:
         prefix: Tokens in front of the patches (class, distillation, registers).
-        grid: Live patch grid `(height, width)`; None for a token sequence without one (text).
+        grid: Live patch grid `(height, width)`; None for a token sequence without one (text). Tokens behind
+            the patches are what is left over.
     """
 
     prefix: int
     grid: tuple[int, int] | None
 
 
-def check_plain_attention(found: Recording, batch: int) -> None:
-    """Refuse every model whose rollout is not the product of plain token-to-token attention maps.
-
-    Args:
-        found: What a forward pass over `batch` images showed.
-        batch: Number of images.
-
-    Raises:
-        UnsupportedModelError: Naming the module, its class and the reason.
-    """
-    if found.softmaxes:
-        raise UnsupportedModelError(
-            f"attention computed by hand in {_listed(found.softmaxes)}: its maps do not pass "
-            "scaled_dot_product_attention (talking heads, a linear or windowed variant, or a module written "
-            "without it), so its heads cannot be scored."
-        )
-    if not found.calls:
-        seen = f" {_listed(found.trace.silent)} ran without calling it." if found.trace.silent else ""
-        raise UnsupportedModelError(
-            f"no attention seen: no call of scaled_dot_product_attention in the forward pass.{seen} "
-            "If the transformer sits elsewhere, name it with module=."
-        )
-    if found.trace.silent:
-        raise UnsupportedModelError(
-            f"{_listed(found.trace.silent)} ran without calling scaled_dot_product_attention: "
-            "part of the attention (linear, channel or windowed attention, or an opaque kernel) is invisible."
-        )
-    for call in found.calls:
-        _check_call(call, batch)
-    _check_sequence(found.calls)
-    if found.trace.convolutions:
-        raise UnsupportedModelError(
-            f"tokens are mixed by convolution between the attention layers, in "
-            f"{_listed(found.trace.convolutions)}: a rollout of attention maps alone would misplace them."
-        )
-
-
-def _check_call(call: AttentionCall, batch: int) -> None:
-    where = f"{call.name} ({call.owner})"
-    if call.q.ndim != 4 or call.q.shape[0] != batch:
-        raise UnsupportedModelError(
-            f"{where} attends with queries of shape {tuple(call.q.shape)} for {batch} images: windowed or merged "
-            "attention; expected (batch, heads, tokens, dim) over the whole image."
-        )
-    if call.shared_qkv:
-        raise UnsupportedModelError(
-            f"{where} pools without parameters: queries, keys and values are one tensor."
-        )
-    if call.twin:
-        raise UnsupportedModelError(
-            f"{where} makes two attention calls at once (differential attention): its true map is a difference of "
-            "the two, and a head's share in it is not defined."
-        )
-    if not call.output.requires_grad:
-        raise UnsupportedModelError(
-            f"{where} runs under torch.no_grad() inside the model's own forward, so no gradient reaches its map. "
-            "Freeze with requires_grad_(False) instead of no_grad(), or name the inner module with module=."
-        )
-
-
-def _check_sequence(calls: list[AttentionCall]) -> None:
-    *body, last = calls
-    tokens = calls[0].k.shape[-2]
-    for layer, call in enumerate(calls):
-        queries, keys = call.q.shape[-2], call.k.shape[-2]
-        is_pool = call is last and body and queries == 1 and keys == tokens
-        if queries != keys and not is_pool:
-            raise UnsupportedModelError(
-                f"{call.name} ({call.owner}) attends from {queries} queries to {keys} keys at layer {layer}: class "
-                "attention, cross attention or pooled keys; rollout needs square maps up to one final "
-                "one-query pool."
-            )
-        if keys != tokens:
-            raise UnsupportedModelError(
-                f"token count changes at layer {layer}: {call.name} ({call.owner}) sees {keys} tokens after "
-                f"{tokens} before (hierarchical, or tokens dropped or merged)."
-            )
-
-
-def token_layout(found: Recording, model: nn.Module, image_size: tuple[int, int] | None) -> TokenLayout:
+def token_layout(found: Recording, model: nn.Module, image: Tensor | None) -> TokenLayout:
     """Prefix tokens and live patch grid of a forward pass.
+
+    The grid is that of the last convolution before the first attention, or follows from a `patch_size`
+    attribute, or from square patches. Which of these holds, and where the patches start on the token axis,
+    is settled by the gradient: each patch token must have been computed from its own part of the image.
 
     Args:
         found: What the pass showed.
-        model: Asked for its patch size when no convolution cut the patches.
-        image_size: Height and width of the images; None for a model that reads no image.
+        model: Asked for its patch size.
+        image: The images `(batch, channels, height, width)` at the head of the graph; None for a model that
+            reads no image.
 
     Raises:
         UnsupportedModelError: When tokens and patches cannot be matched.
     """
-    tokens = found.calls[0].k.shape[-2]
-    if image_size is None:
+    if image is None:
         return TokenLayout(0, None)
-    grid = found.trace.grid or _grid_from_patch_size(model, image_size)
-    if grid is None:
+    first = found.calls[0]
+    tokens, size = first.k.shape[-2], (image.shape[-2], image.shape[-1])
+    told = [*found.trace.grids[:1], *_grids_from_patch_size(model, size)]
+    grids = list(dict.fromkeys([*told, *found.trace.grids[1:], *_square_patches(tokens, size)]))
+    layouts = [
+        TokenLayout(prefix, grid)
+        for grid in grids
+        for prefix in dict.fromkeys((tokens - math.prod(grid), 0))
+        if 0 <= tokens - math.prod(grid) <= _MOST_PREFIX_TOKENS
+    ]
+    if not layouts:
+        seen = f"the image has {told[0][0]} x {told[0][1]} patches" if told else "no patch grid was found"
         raise UnsupportedModelError(
-            f"no patch grid found for {tokens} tokens: neither a patch-cutting convolution nor a patch_size "
-            f"attribute was seen in {type(model).__name__}."
+            f"{first.name} ({first.owner}) attends over {tokens} positions while {seen}: channel attention, "
+            "tokens dropped, or patches cut in a way that neither a convolution nor patch_size shows."
         )
-    prefix = tokens - math.prod(grid)
-    if not 0 <= prefix <= _MOST_PREFIX_TOKENS:
-        what = "channel attention, or tokens dropped" if prefix < 0 else "tokens that are no patches"
-        raise UnsupportedModelError(
-            f"{found.calls[0].name} ({found.calls[0].owner}) attends over {tokens} positions while the image has "
-            f"{grid[0]} x {grid[1]} patches: {what}."
-        )
-    return TokenLayout(prefix, grid)
+    seen_by = _what_tokens_see(found, image, layouts[0])
+    if seen_by is None and layouts[0].grid in told:
+        return layouts[0]
+    for layout in layouts if seen_by is not None else []:
+        if _sees_its_patches(layout, *seen_by):
+            return layout
+    raise UnsupportedModelError(
+        f"the {tokens} tokens that {first.name} ({first.owner}) reads are not the image's patches in reading "
+        f"order (tried {', '.join(f'{h} x {w}' for h, w in dict.fromkeys(la.grid for la in layouts))}): a token "
+        "depends on another part of the image (permuted, cropped or regrouped patches), so no picture can be "
+        "drawn."
+    )
 
 
-def _grid_from_patch_size(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int] | None:
+def _grids_from_patch_size(model: nn.Module, size: tuple[int, int]) -> Iterator[tuple[int, int]]:
     for module in model.modules():
-        size = getattr(module, "patch_size", None)
-        size = (size, size) if isinstance(size, int) else size
-        if (
-            isinstance(size, (tuple, list))
-            and len(size) == 2
-            and all(isinstance(s, int) and s > 0 for s in size)
-        ):
-            return image_size[0] // size[0], image_size[1] // size[1]
+        patch = getattr(module, "patch_size", None)
+        patch = (patch, patch) if isinstance(patch, int) else patch
+        sides = list(patch) if isinstance(patch, (tuple, list)) else []
+        if len(sides) == 2 and all(isinstance(side, int) and 0 < side for side in sides):
+            yield size[0] // sides[0], size[1] // sides[1]
+
+
+def _square_patches(tokens: int, size: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    for side in range(1, min(size) + 1):
+        grid = (size[0] // side, size[1] // side)
+        if size[0] % side == size[1] % side == 0 and 0 <= tokens - math.prod(grid) <= _MOST_PREFIX_TOKENS:
+            yield grid
+
+
+def _what_tokens_see(
+    found: Recording, image: Tensor, layout: TokenLayout
+) -> tuple[tuple[int, int], Tensor] | None:
+    """Two token indices and how strongly they depend on each pixel together, `(height, width)`."""
+    first = found.calls[0]
+    patches = first.k.shape[-2] - layout.prefix
+    asked = (layout.prefix + int(patches * 0.35), layout.prefix + int(patches * 0.8))
+    for candidate in found.trace.tokens.entering:
+        tokens = as_tokens(candidate, len(first.k), first.k.shape[-2])
+        if tokens is None:
+            continue
+        # Not a plain sum: the sum over a LayerNorm's output is constant.
+        score = (tokens[:, list(asked)] * direction(tokens)).sum()
+        (grad,) = torch.autograd.grad(score, image, retain_graph=True, allow_unused=True)
+        if grad is not None and grad.isfinite().all() and grad.any():
+            seen = grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum((0, 1))
+            return asked, seen / seen.sum()
     return None
+
+
+def _sees_its_patches(layout: TokenLayout, asked: tuple[int, int], seen: Tensor) -> bool:
+    assert layout.grid is not None
+    height, width = layout.grid
+    cells = [divmod(token - layout.prefix, width) for token in asked]
+    if any(row >= height for row, _ in cells):
+        return False
+    shares = F.adaptive_avg_pool2d(seen[None, None], layout.grid)[0, 0]
+    rows = torch.arange(height, device=seen.device)[:, None].expand(height, width)
+    columns = torch.arange(width, device=seen.device)[None].expand(height, width)
+    places = torch.stack([rows, columns], -1).flatten(0, 1).to(shares.dtype)
+    centres = torch.tensor(cells, device=seen.device, dtype=shares.dtype)
+    nearest = torch.cdist(places, centres).argmin(-1)
+    for index, centre in enumerate(centres):
+        share = shares.flatten() * (nearest == index)
+        offset = (share[:, None] * places).sum(0) / share.sum() - centre
+        if not offset.abs().max() <= _MOST_OFFSET:
+            return False
+    return True
+
+
+def last_tokens(found: Recording, score: Tensor, image: Tensor | None) -> Tensor:
+    """The last tensor with one vector per token through which the score depends on the image.
+
+    Args:
+        found: What the forward pass showed.
+        score: A number computed from the model's output.
+        image: The images at the head of the graph, if there are any.
+
+    Returns:
+        Tokens `(batch, tokens, channels)` in one of the shapes that `as_tokens` understands.
+
+    Raises:
+        UnsupportedModelError: When the score reads anything beside them.
+    """
+    last, first = found.calls[-1], found.calls[0]
+    if score.grad_fn is None:
+        raise UnsupportedModelError(
+            "the logits carry no gradient back to the attention layers: the model's forward detaches its features "
+            "or runs under torch.no_grad(). Freeze with requires_grad_(False) instead."
+        )
+    sources = {tensor.grad_fn for tensor in (image,) if tensor is not None and tensor.grad_fn is not None}
+    sources |= {first.edge.node} if first.edge is not None else set()
+    for tokens in reversed(found.trace.tokens.leaving):
+        if tokens.grad_fn is not None and not reaches([score.grad_fn], sources, barrier=tokens.grad_fn):
+            return tokens
+    raise UnsupportedModelError(
+        f"the logits read more than the tokens that {last.name} ({last.owner}) and its block return: several "
+        "layers, a second backbone or branch, or several passes over the image. Name a single transformer "
+        "classifier inside the model with module=."
+    )
 
 
 def readout_rows(token_grad: Tensor) -> Tensor:
@@ -174,14 +194,17 @@ def readout_rows(token_grad: Tensor) -> Tensor:
     strength = grad.abs().amax(-1)
     tolerance = 1e-3 * strength.amax(-1, keepdim=True)
     unread = strength > 1e-3 * tolerance
-    groups = []
+    groups, examples = [], []
     for _ in range(_MOST_READ_GROUPS):
         first = unread.int().argmax(-1)
         example = grad[torch.arange(len(grad), device=grad.device), first][:, None]
         alike = unread & ((grad - example).abs().amax(-1) <= tolerance)
         groups.append(alike / alike.sum(-1, keepdim=True).clamp_min(1))
+        examples.append(example * alike.any(-1)[:, None, None])
         unread = unread & ~alike
-    if unread.any():
+    # Two winners of a max pool share the channels out between them; two pooled tokens are read on all.
+    apart = (examples[0] * examples[1]).abs().amax((1, 2)) == 0
+    if unread.any() or (apart & groups[1].any(-1)).any():
         raise UnsupportedModelError(
             "the classifier reads its tokens with different weights (max, weighted or other pooling); known are "
             "one token, the mean of tokens, two tokens, and a token beside a mean."
@@ -190,6 +213,28 @@ def readout_rows(token_grad: Tensor) -> Tensor:
     return total / total.sum(-1, keepdim=True)
 
 
-def _listed(names: list[str]) -> str:
-    unique = list(dict.fromkeys(names))
-    return ", ".join(unique[:3]) + (f" and {len(unique) - 3} more" if len(unique) > 3 else "")
+def check_rows_apart(calls: Sequence[AttentionCall], grads: Sequence[Tensor], start: Tensor) -> None:
+    """Refuse a model that mixes tokens after its last attention, seen in rows that should get no gradient.
+
+    Args:
+        calls: Attention calls of the last depth.
+        grads: Gradients of the logit at their outputs, `(batch, heads, tokens, value_dim)`.
+        start: The readout row, `(batch, tokens)`.
+
+    Raises:
+        UnsupportedModelError: When the logit depends on rows of the last attention that nobody reads.
+    """
+    for call, grad in zip(calls, grads, strict=True):
+        strength = grad.abs().amax((1, 3)).float()
+        stray = (strength * (start == 0)).amax(-1)
+        if (stray > 1e-3 * strength.amax(-1)).any():
+            raise UnsupportedModelError(
+                f"after {call.name} ({call.owner}) the classifier depends on tokens it does not read: something "
+                "beside attention mixes the tokens (a linear layer over positions, gating, normalisation over "
+                "tokens), which a rollout of attention maps alone would miss."
+            )
+
+
+def direction(features: Tensor) -> Tensor:
+    """Weights per channel of a fixed score; the plain sum of a LayerNorm's output would be constant."""
+    return torch.arange(features.shape[-1], device=features.device).cos().to(features.dtype)

@@ -13,10 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-__all__ = ["ModuleTrace", "in_backward"]
+__all__ = ["ModuleTrace", "TokenTrail", "in_backward"]
 
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLUTIONS = frozenset(
+    f"conv{transposed}{dims}d" for transposed in ("", "_transpose") for dims in (1, 2, 3)
+)
+_POOLS = frozenset(
+    f"{kind}_pool{dims}d" for kind in ("avg", "max", "adaptive_avg", "adaptive_max") for dims in (1, 2)
+)
+_FFTS = frozenset(name for name in dir(torch.fft) if "fft" in name and not name.startswith("_"))
+_OPAQUE = frozenset({"flex_attention", "varlen_attn"})
 
 
 @dataclass
@@ -31,22 +38,70 @@ class _Frame:
         return "attention" in kind or "attn" in kind
 
 
-class ModuleTrace:
-    """Follows the modules of one forward pass through process-wide hooks; the modules stay untouched.
+class TokenTrail:
+    """Tensors with one vector per token: what the first attention read, and what followed the last one.
 
     Attributes:
-        grid: Height and width of the last 2-D convolution's output before any attention: the live patch grid.
-        convolutions: Modules that mixed neighbouring positions by convolution after the first attention.
+        entering: Candidates for the tokens that entered the first attention, latest first.
+        leaving: Token tensors after the last attention, in order.
+    """
+
+    def __init__(self) -> None:
+        self.entering: list[Tensor] = []
+        self.leaving: list[Tensor] = []
+        self._sizes: tuple[int, int] | None = None
+
+    def note(self, tensor: Tensor) -> None:
+        """A function or module returned `tensor`."""
+        if not tensor.requires_grad or tensor.ndim not in (3, 4):
+            return
+        if self._sizes is None:
+            if tensor.ndim == 3:
+                self.entering.append(tensor)
+        elif as_tokens(tensor, *self._sizes) is not None:
+            self.leaving.append(tensor)
+
+    def saw_attention(self, batch: int, queries: int, keys: int) -> None:
+        """An attention call from `queries` to `keys` tokens was computed."""
+        if self._sizes is None:
+            fitting = [t for t in self.entering if as_tokens(t, batch, keys) is not None]
+            # A projection to queries, keys and values is wider than the tokens it reads.
+            narrowest = min((t.shape[-1] for t in fitting), default=0)
+            self.entering = [t for t in reversed(fitting) if t.shape[-1] == narrowest]
+        self._sizes = batch, queries
+        self.leaving.clear()
+
+
+def as_tokens(tensor: Tensor, batch: int, tokens: int) -> Tensor | None:
+    """`tensor` seen as `(batch, tokens, channels)`; None when its shape does not allow it."""
+    shape = tuple(tensor.shape)
+    if len(shape) == 3 and shape[:2] == (batch, tokens):
+        return tensor
+    if len(shape) == 3 and shape[:2] == (tokens, batch):
+        return tensor.transpose(0, 1)
+    if len(shape) == 4 and shape[0] == batch and shape[1] * shape[2] == tokens:
+        return tensor.flatten(1, 2)
+    return None
+
+
+class ModuleTrace:
+    """Follows one forward pass through process-wide hooks and a function mode; the modules stay untouched.
+
+    Attributes:
+        grids: Height and width of 2-D convolution outputs before any attention, the latest first.
+        mixers: What mixed tokens outside the attention, after the first attention.
+        softmaxes: Modules that compute attention-like softmaxes by hand.
         silent: Modules named as attention that ran without passing the door.
-        tokens: What modules returned as `(batch, tokens, channels)` after the last attention, in order.
+        tokens: The token tensors on the way.
         pooled: What the last linear layer on `(batch, features)` read: the classifier's input.
     """
 
     def __init__(self) -> None:
-        self.grid: tuple[int, int] | None = None
-        self.convolutions: list[str] = []
+        self.grids: list[tuple[int, int]] = []
+        self.mixers: list[str] = []
+        self.softmaxes: list[str] = []
         self.silent: list[str] = []
-        self.tokens: list[Tensor] = []
+        self.tokens = TokenTrail()
         self.pooled: Tensor | None = None
         self._names: dict[nn.Module, str] = {}
         self._stack: list[_Frame] = []
@@ -58,11 +113,10 @@ class ModuleTrace:
     def following(self, model: nn.Module) -> Iterator[None]:
         """Keep the trace up to date inside the block."""
         self._names = {module: _plain(path) for path, module in model.named_modules()}
-        handles = [
-            module_hooks.register_module_forward_pre_hook(self._enter),
-            module_hooks.register_module_forward_hook(self._leave, always_call=True),
-        ]
+        handles = []
         try:
+            handles.append(module_hooks.register_module_forward_pre_hook(self._enter))
+            handles.append(module_hooks.register_module_forward_hook(self._leave, always_call=True))
             yield
         finally:
             for handle in handles:
@@ -76,12 +130,32 @@ class ModuleTrace:
                 return self._names[frame.module], type(frame.module).__name__, frame.invocation
         return "", "the model", -1
 
-    def saw_attention(self, output: Tensor) -> None:
+    def saw_attention(self, batch: int, queries: int, keys: int) -> None:
         """An attention call was computed inside the running modules."""
         for frame in self._stack:
             frame.called = True
-        self._token_count = output.shape[-2]
-        self.tokens.clear()
+        self.tokens.saw_attention(batch, queries, keys)
+        self._token_count = keys
+
+    def saw_function(self, func: Any, operands: tuple[Any, ...], result: Any, is_softmax: bool) -> None:
+        """A torch function of `operands` returned `result`."""
+        if not isinstance(result, Tensor) or self._foreign():
+            return
+        self.tokens.note(result)
+        if is_softmax and _looks_like_attention(result):
+            self.softmaxes.append(self._where())
+        name = getattr(func, "__name__", "").lstrip("_")
+        if name in _OPAQUE:
+            self.silent.append(f"{self._where()} calling {name}")
+        elif self._token_count is None:
+            if name == "conv2d" and result.ndim == 4:
+                self.grids.insert(0, (result.shape[-2], result.shape[-1]))
+        elif _mixes_tokens(name, operands, result, self._token_count):
+            self.mixers.append(f"{self._where()} by {name}")
+
+    def _where(self) -> str:
+        name, owner, _ = self.current()
+        return f"{name} ({owner})"
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if self._foreign():
@@ -98,24 +172,12 @@ class ModuleTrace:
             if frame.module is module:
                 break
         if isinstance(output, Tensor):
-            self._note_output(module, output)
-
-    def _note_output(self, module: nn.Module, output: Tensor) -> None:
-        if isinstance(module, _CONVOLUTIONS):
-            if self._token_count is None and output.ndim == 4:
-                self.grid = (output.shape[-2], output.shape[-1])
-            elif self._token_count is not None and max(module.kernel_size) > 1:
-                self.convolutions.append(self._describe(module))
-        if output.ndim == 3 and output.shape[1] == self._token_count and output.requires_grad:
-            self.tokens.append(output)
+            self.tokens.note(output)
 
     def _note_silence(self, frame: _Frame) -> None:
         nested = any(outer.attention_like for outer in self._stack)
         if frame.attention_like and not frame.called and not nested:
-            self.silent.append(self._describe(frame.module))
-
-    def _describe(self, module: nn.Module) -> str:
-        return f"{self._names.get(module, '')} ({type(module).__name__})"
+            self.silent.append(f"{self._names.get(frame.module, '')} ({type(frame.module).__name__})")
 
     def _foreign(self) -> bool:
         return threading.get_ident() != self._thread or in_backward()
@@ -124,6 +186,23 @@ class ModuleTrace:
 def in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread (checkpointed layers recompute there)."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _mixes_tokens(name: str, operands: tuple[Any, ...], result: Tensor, tokens: int) -> bool:
+    """Whether a function moved information between positions; a global pool that leaves one does not count."""
+    if name in _CONVOLUTIONS:
+        return max(operands[1].shape[2:]) > 1
+    if name in _POOLS:
+        dims = int(name[-2])
+        return result.shape[-dims:].numel() > 1
+    if name == "linear":
+        shape = operands[0].shape
+        return len(shape) >= 3 and shape[-1] == tokens and shape[-2] != tokens
+    return name in _FFTS
+
+
+def _looks_like_attention(result: Tensor) -> bool:
+    return result.ndim >= 4 or (result.ndim == 3 and result.shape[-1] == result.shape[-2])
 
 
 def _plain(path: str) -> str:

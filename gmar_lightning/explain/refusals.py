@@ -1,0 +1,130 @@
+"""Models whose rollout is not a product of plain attention maps, refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from gmar_lightning.explain.attention import AttentionCall, Recording
+from gmar_lightning.explain.errors import UnsupportedModelError
+
+__all__ = ["check_plain_attention", "check_reached", "is_pool"]
+
+
+def check_plain_attention(found: Recording, batch: int) -> None:
+    """Refuse every model whose rollout is not the product of plain token-to-token attention maps.
+
+    Args:
+        found: What a forward pass over `batch` images showed.
+        batch: Number of images.
+
+    Raises:
+        UnsupportedModelError: Naming the module, its class and the reason.
+    """
+    trace = found.trace
+    if trace.softmaxes:
+        raise UnsupportedModelError(
+            f"attention computed by hand in {_listed(trace.softmaxes)}: its maps do not pass "
+            "scaled_dot_product_attention (talking heads, a linear or windowed variant, or a module written "
+            "without it), so its heads cannot be scored."
+        )
+    if not found.calls:
+        seen = f" {_listed(trace.silent)} ran without calling it." if trace.silent else ""
+        raise UnsupportedModelError(
+            f"no attention seen: no call of scaled_dot_product_attention in the forward pass.{seen} "
+            "If the transformer sits elsewhere, name it with module=; a scripted or exported model must be "
+            "explained as the module it was made from."
+        )
+    if trace.silent:
+        raise UnsupportedModelError(
+            f"{_listed(trace.silent)} ran without calling scaled_dot_product_attention: "
+            "part of the attention (linear, channel or windowed attention, or an opaque kernel) is invisible."
+        )
+    for call in found.calls:
+        _check_shape(call, batch)
+        _check_kind(call)
+    _check_sequence(found.calls)
+    if trace.mixers:
+        raise UnsupportedModelError(
+            f"tokens are mixed outside the attention, in {_listed(trace.mixers)}: "
+            "a rollout of attention maps alone would misplace them."
+        )
+
+
+def check_reached(calls: Sequence[AttentionCall], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """The gradients at the attention outputs, refusing a layer that the logits do not depend on.
+
+    Raises:
+        UnsupportedModelError: Naming the layer.
+    """
+    missed = [f"{call.name} ({call.owner})" for call, grad in zip(calls, grads, strict=True) if grad is None]
+    if missed:
+        raise UnsupportedModelError(
+            f"{_listed(missed)} runs, but the logits do not depend on it: the classifier reads an earlier layer, "
+            "or the result is detached. Explain the part up to the layer that is read, with module=."
+        )
+    return [grad for grad in grads if grad is not None]
+
+
+def is_pool(call: AttentionCall) -> bool:
+    """Whether one query gathers all tokens: an attention pool, whose own row is where a rollout starts."""
+    return call.q.shape[-2] == 1 != call.k.shape[-2]
+
+
+def _check_shape(call: AttentionCall, batch: int) -> None:
+    if call.q.ndim != 4 or call.q.shape[0] != batch:
+        raise UnsupportedModelError(
+            f"{_named(call)} attends with queries of shape {tuple(call.q.shape)} for {batch} images: windowed, "
+            "axial or merged attention, or several views of an image; expected (batch, heads, tokens, dim) over "
+            "the whole image."
+        )
+
+
+def _check_kind(call: AttentionCall) -> None:
+    if call.shared_qkv:
+        raise UnsupportedModelError(
+            f"{_named(call)} pools without parameters: queries, keys and values are one tensor."
+        )
+    if call.twin:
+        raise UnsupportedModelError(
+            f"{_named(call)} makes two attention calls at once or on the same values (differential attention): its "
+            "true map combines the two, and a head's share in it is not defined."
+        )
+    if call.detached:
+        raise UnsupportedModelError(
+            f"{_named(call)} does not continue the attention layers before it: two transformers, several passes "
+            "over the image, or branches of different length. Name a single classifier with module=."
+        )
+    if not call.output.requires_grad:
+        raise UnsupportedModelError(
+            f"{_named(call)} runs under torch.no_grad() inside the model's own forward, so no gradient reaches its "
+            "map. Freeze with requires_grad_(False) instead of no_grad(), or name the inner module with module=."
+        )
+
+
+def _check_sequence(calls: list[AttentionCall]) -> None:
+    tokens = calls[0].k.shape[-2]
+    for layer, call in enumerate(calls):
+        queries, keys = call.q.shape[-2], call.k.shape[-2]
+        final_pool = call is calls[-1] and layer > 0 and is_pool(call)
+        if queries != keys and not final_pool:
+            raise UnsupportedModelError(
+                f"{_named(call)} attends from {queries} queries to {keys} keys at layer {layer}: class "
+                "attention, cross attention or pooled keys; rollout needs square maps up to one final "
+                "one-query pool."
+            )
+        if keys != tokens:
+            raise UnsupportedModelError(
+                f"token count changes at layer {layer}: {_named(call)} sees {keys} tokens after "
+                f"{tokens} before (hierarchical, or tokens dropped, merged or added)."
+            )
+
+
+def _named(call: AttentionCall) -> str:
+    return f"{call.name} ({call.owner})"
+
+
+def _listed(names: list[str]) -> str:
+    unique = list(dict.fromkeys(names))
+    return ", ".join(unique[:3]) + (f" and {len(unique) - 3} more" if len(unique) > 3 else "")
