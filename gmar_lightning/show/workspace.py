@@ -7,7 +7,8 @@ from typing import Any
 __all__ = ["create", "layout"]
 
 _HOW_TO_READ = """\
-**Collapsed heads** above 0 is an alarm: look up the head in *head evolution*, a dark streak from the step of the flag.
+**Collapsed heads** above 0 is an alarm: look up the head in *head evolution*, a dark streak
+from the step of the flag.
 **Effective heads** falling over the whole run means that few heads do the work.
 **Heatmaps**: rows are images, columns are steps. A map that stops looking at the object while accuracy stays high
 is a shortcut. **Heatmap drift** near 0 means that the explanations have settled.
