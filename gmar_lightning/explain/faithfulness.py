@@ -41,7 +41,10 @@ __all__ = [
     "insertion",
     "live_faithfulness",
     "pointing_game",
+    "probability_area",
+    "relative_drop",
     "saco",
+    "salience_coefficient",
 ]
 
 Images = Tensor | Mapping[str, Any]
@@ -86,7 +89,7 @@ def insertion(
     """
     check_steps(steps)
     with perturbing(model, images, heatmaps, targets, baseline=baseline, mean=mean, std=std) as probe:
-        return _where_finite(heatmaps, _area(probe, heatmaps, steps, insert=True))
+        return _where_finite(heatmaps, probability_area(probe, heatmaps, steps, insert=True))
 
 
 def deletion(
@@ -107,7 +110,7 @@ def deletion(
     """
     check_steps(steps)
     with perturbing(model, images, heatmaps, targets, baseline=baseline, mean=mean, std=std) as probe:
-        return _where_finite(heatmaps, _area(probe, heatmaps, steps, insert=False))
+        return _where_finite(heatmaps, probability_area(probe, heatmaps, steps, insert=False))
 
 
 def average_drop(
@@ -144,7 +147,7 @@ def average_drop(
     """
     check_baseline(baseline, mean, std, allowed=PIXEL_BASELINES)
     with perturbing(model, images, heatmaps, targets, baseline=baseline, mean=mean, std=std) as probe:
-        return _where_finite(heatmaps, _drop(probe, heatmaps))
+        return _where_finite(heatmaps, relative_drop(probe, heatmaps))
 
 
 def average_increase(
@@ -211,21 +214,7 @@ def saco(
     if not 2 <= groups <= cells:
         raise ValueError(f"groups must lie between 2 and the {cells} cells of the heatmap, got {groups}")
     with perturbing(model, images, heatmaps, targets, baseline=baseline, mean=mean, std=std) as probe:
-        heat, falls = [], []
-        for members in _hottest_first(heatmaps).to(probe.images.device).tensor_split(groups, 1):
-            keep = torch.ones(len(heatmaps), cells, dtype=torch.bool, device=members.device)
-            falls.append(probe.intact - probe.keeping(keep.scatter(1, members, False)))
-            values = torch.nan_to_num(heatmaps.float()).flatten(1).to(members.device)
-            heat.append(values.gather(1, members).mean(1))
-        return _where_finite(heatmaps, _coefficient(torch.stack(heat, 1), torch.stack(falls, 1)))
-
-
-def _coefficient(heat: Tensor, falls: Tensor) -> Tensor:
-    first, second = torch.triu_indices(heat.shape[1], heat.shape[1], 1, device=heat.device)
-    gap = heat[:, first] - heat[:, second]
-    signed = torch.where(falls[:, first] >= falls[:, second], gap, -gap)
-    total = gap.abs().sum(1)
-    return torch.where(total > 0, signed.sum(1) / total, 0.0)
+        return _where_finite(heatmaps, salience_coefficient(probe, heatmaps, groups))
 
 
 def live_faithfulness(
@@ -275,8 +264,10 @@ def live_faithfulness(
     with perturbing(model, images, heatmaps, targets, baseline=baseline, mean=mean, std=std) as probe:
         shown = Perturbation(model, images, heatmaps, targets, "mean", mean, std)
         for name, drawn in maps.items():
-            area = _area(probe, drawn, steps, insert=True) - _area(probe, drawn, steps, insert=False)
-            drop = _drop(shown if baseline == "attention" else probe, drawn)
+            area = probability_area(probe, drawn, steps, insert=True) - probability_area(
+                probe, drawn, steps, insert=False
+            )
+            drop = relative_drop(shown if baseline == "attention" else probe, drawn)
             values[f"insertion_minus_deletion{name}"] = float(_where_finite(drawn, area).nanmean())
             values[f"average_drop{name}"] = float(_where_finite(drawn, drop).nanmean())
     return values
@@ -292,7 +283,11 @@ def check_steps(steps: int) -> None:
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
 
 
-def _area(probe: Perturbation, heatmaps: Tensor, steps: int, *, insert: bool) -> Tensor:
+def probability_area(probe: Perturbation, heatmaps: Tensor, steps: int, *, insert: bool) -> Tensor:
+    """Insertion or deletion of one of several maps of the same images; `probe` keeps what they share.
+
+    Cost: `steps - 1` forwards per image, beside two that the maps share.
+    """
     order = _hottest_first(heatmaps)
     cells = order.shape[1]
     rank = torch.empty_like(order).scatter_(
@@ -306,6 +301,22 @@ def _area(probe: Perturbation, heatmaps: Tensor, steps: int, *, insert: bool) ->
     return torch.trapezoid(torch.stack(curve), fractions, dim=0)
 
 
+def salience_coefficient(probe: Perturbation, heatmaps: Tensor, groups: int) -> Tensor:
+    """SaCo of one of several maps of the same images; `groups` forwards beside the shared one."""
+    values = torch.nan_to_num(heatmaps.float()).flatten(1).to(probe.images.device)
+    heats, falls = [], []
+    for members in _hottest_first(heatmaps).to(values.device).tensor_split(groups, 1):
+        keep = torch.ones_like(values, dtype=torch.bool).scatter(1, members, False)
+        falls.append(probe.intact - probe.keeping(keep))
+        heats.append(values.gather(1, members).mean(1))
+    heat, fall = torch.stack(heats, 1), torch.stack(falls, 1)
+    first, second = torch.triu_indices(groups, groups, 1, device=heat.device)
+    gap = heat[:, first] - heat[:, second]
+    signed = torch.where(fall[:, first] >= fall[:, second], gap, -gap)
+    total = gap.abs().sum(1)
+    return torch.where(total > 0, signed.sum(1) / total, 0.0)
+
+
 def _hottest_first(heatmaps: Tensor) -> Tensor:
     """Cells by falling heat, `(batch, cells)`; equal ones in an order that is scattered over the picture."""
     heat = torch.nan_to_num(heatmaps.detach().float()).flatten(1)
@@ -314,7 +325,8 @@ def _hottest_first(heatmaps: Tensor) -> Tensor:
     return scattered[heat[:, scattered].argsort(dim=1, descending=True, stable=True)]
 
 
-def _drop(probe: Perturbation, heatmaps: Tensor) -> Tensor:
+def relative_drop(probe: Perturbation, heatmaps: Tensor) -> Tensor:
+    """Average drop of one of several maps of the same images; one forward beside the shared one."""
     left = probe.blending(_shown(heatmaps, probe))
     return (probe.intact - left).clamp_min(0) / probe.intact.clamp_min(torch.finfo(torch.float32).tiny)
 
