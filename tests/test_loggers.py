@@ -173,7 +173,7 @@ def test_planted_collapse_is_alerted_once_and_summarised(wandb_run):
     assert len(run.alerts) == 1
     assert "blocks.1.attn" in run.alerts[0].text
     assert "Zeroing" in run.alerts[0].text  # confirmed by ablation
-    assert collapses[0]["ablation_logit"] == pytest.approx(0, abs=1e-6)  # it contributes nothing
+    assert abs(collapses[0]["ablation_logit"]) < 0.01 * abs(collapses[0]["control_logit"])  # nothing is left
     assert run.summary["gmar/collapsed_final"] == 1
     assert run.summary["gmar/first_collapse_step"] == collapses[0]["step"]
     assert run.summary["gmar/worst_head"] == "model.blocks.1.attn head 1"
