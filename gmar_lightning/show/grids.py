@@ -68,7 +68,7 @@ def evolution_raster(
 ) -> np.ndarray:
     """The whole history in one picture: a row per head, grouped by layer, a column per probe.
 
-    A head that collapses leaves a dark streak. At most 960 columns are drawn; of more probes, neighbours
+    A head that collapses leaves a dark streak. At most 480 columns are drawn; of more probes, neighbours
     are averaged.
 
     Args:
@@ -82,6 +82,8 @@ def evolution_raster(
         uint8 ``(height, width, 3)``.
     """
     relative = relative_shares(shares)
+    if not len(relative):
+        relative = np.full((1, *relative.shape[1:]), np.nan)
     probes, depth, heads = relative.shape
     real = [int(np.isfinite(relative[:, layer]).any(axis=0).sum()) or heads for layer in range(depth)]
     row_height = int(np.clip(560 // max(sum(real), 1), 2, 12))
@@ -173,7 +175,7 @@ def _average_columns(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def _column_edges(probes: int) -> np.ndarray:
-    columns = min(max(probes, 1), 960)
+    columns = min(max(probes, 1), 480)
     width = int(np.clip(720 // columns, 1, 24))
     return np.arange(columns + 1) * width
 
