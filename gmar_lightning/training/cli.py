@@ -5,12 +5,18 @@ from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from gmar_lightning.training.callbacks import FreezeBackbone, ScaleLearningRate
 from gmar_lightning.training.data import Digits, ImageData
+from gmar_lightning.training.downloads import Cifar10, Cifar100, OxfordPets
 from gmar_lightning.training.folder import ImageFolder
 from gmar_lightning.training.model import Classifier
+from gmar_lightning.training.planted import Cells, WatermarkedDigits
 
-# Imported so that ``--data Digits`` finds them by their short names.
-DATA = (Digits, ImageFolder)
+# Imported so that short names, as in ``--data Digits``, are found.
+SHORT_NAMES = (
+    *(Cells, Cifar10, Cifar100, Digits, ImageFolder, OxfordPets, WatermarkedDigits),
+    *(FreezeBackbone, ScaleLearningRate),
+)
 
 
 class TrainCLI(LightningCLI):
