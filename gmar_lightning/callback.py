@@ -11,25 +11,30 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
-from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.arguments import (
+    ConfigurationError,
+    check_choice,
+    check_counts,
+    check_display,
+    check_target,
+    given_probe,
+)
 from gmar_lightning.explain.gmar import check_form, classifier_of, gmar
 from gmar_lightning.explain.importance import Norm
 from gmar_lightning.explain.rollout import Rollout
 from gmar_lightning.monitor.collapse import CollapseDetector, HeadEvent
-from gmar_lightning.monitor.confirmation import confirm_by_ablation
-from gmar_lightning.monitor.measurement import Measurement, measure
-from gmar_lightning.monitor.probe import ProbeBatch, unpack_batch
-from gmar_lightning.monitor.record import failure_record, probe_record
+from gmar_lightning.monitor.measurement import ProbeError
+from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.schedule import Every
+from gmar_lightning.monitor.session import Outcome, ProbeSession
 from gmar_lightning.show.console import alarm_text
 from gmar_lightning.show.panels import as_metrics
 from gmar_lightning.show.publisher import Publisher
-from gmar_lightning.show.render import enlarged, to_uint8_image
+from gmar_lightning.show.render import to_uint8_image
 from gmar_lightning.trainer import (
     callable_model,
     class_names_of,
@@ -37,20 +42,16 @@ from gmar_lightning.trainer import (
     draw_from_validation,
     log_position,
     logged_metrics,
+    needs_whole_module,
     normalisation_of,
     planned_probes,
-    silent,
+    untouched,
 )
 
 __all__ = ["ConfigurationError", "GMARCallback"]
 
 # What is worth waking up for.
 _ALARMS = ("collapsed", "layer_vanishing", "nonfinite")
-_MOST_FAILURES = 3
-
-
-class ConfigurationError(MisconfigurationException, ValueError):
-    """The callback cannot work as it was set up; the message says what to change."""
 
 
 class GMARCallback(Callback):
@@ -138,43 +139,50 @@ class GMARCallback(Callback):
         try:
             self._schedule = Every(steps=every_n_train_steps, epochs=every_n_epochs)
             check_form(norm, rollout, residual, micro_batch_size)
-            self._given = None if probe_batch is None else ProbeBatch(*_given_batch(probe_batch))
+            self._given = given_probe(probe_batch)
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
-        _check_counts(num_images=num_images, num_heatmaps=num_heatmaps, max_events=max_events)
-        _check_choice("on_error", on_error, ("warn", "raise"))
+        check_counts(num_images=num_images, num_heatmaps=num_heatmaps, max_events=max_events)
+        check_choice("on_error", on_error, ("warn", "raise"))
         if not callable(on_collapse):
-            _check_choice("on_collapse", on_collapse, ("warn", "alert", "stop"), "or a callable")
-        if isinstance(target, bool) or not (isinstance(target, int) and target >= 0):
-            _check_choice("target", target, ("predicted", "label"), "or a class index")
-        if target == "label" and self._given is not None and self._given.labels is None:
-            raise ConfigurationError('target="label" needs labels: pass probe_batch=(images, labels)')
+            check_choice("on_collapse", on_collapse, ("warn", "alert", "stop"), "or a callable")
+        check_target(target, self._given)
         self.num_images, self.num_heatmaps, self.max_events = num_images, num_heatmaps, max_events
         self.module, self.target, self.micro_batch_size = module, target, micro_batch_size
         self.norm: Norm = norm
         self.rollout: Rollout = rollout
         self.residual = residual
         self.on_collapse, self.confirm, self.on_error = on_collapse, confirm, on_error
-        self.mean, self.std, self.class_names = mean, std, class_names
-        self.log_per_head, self.save_dir = log_per_head, save_dir
-        self.detector = CollapseDetector() if detector == "default" else detector
-        self._fresh_detector = copy.deepcopy(self.detector)
+        self.mean, self.std = check_display("mean", mean), check_display("std", std)
+        self.class_names, self.log_per_head, self.save_dir = class_names, log_per_head, save_dir
+        self._fresh_detector = CollapseDetector() if detector == "default" else detector
         self._explain = functools.partial(gmar, norm=norm, rollout=rollout, residual=residual, module=module)
         self._restored: dict[str, Any] | None = None
         self._begin_run()
 
     def _begin_run(self) -> None:
         self._schedule.reset()
-        self.detector = copy.deepcopy(self._fresh_detector)
-        self._probe: ProbeBatch | None = None
+        self._session = ProbeSession(
+            self._explain,
+            detector=copy.deepcopy(self._fresh_detector),
+            target=self.target,
+            module=self.module,
+            micro_batch_size=self.micro_batch_size,
+            confirm=self.confirm,
+            on_error=self.on_error,
+            warn=rank_zero_warn,
+        )
         self._publisher: Publisher | None = None  # on process zero only
         self._last_probe: tuple[int, int] | None = None  # (optimizer steps, logger's x)
-        self._probes = self._failed = self._failed_in_a_row = 0
         self._probe_seconds, self._fit_started = 0.0, time.monotonic()
         self._folder: str | None = None
         self._fingerprint: str | None = None
-        self._nonfinite, self._closed = False, False
-        self._said: set[str] = set()
+        self._nonfinite, self._closed, self._trainer = False, False, 0
+
+    @property
+    def detector(self) -> CollapseDetector | None:
+        """The detector of the current run."""
+        return self._session.detector
 
     @property
     def state_key(self) -> str:
@@ -205,21 +213,18 @@ class GMARCallback(Callback):
                 f"{type(pl_module).__name__} defines no forward(images) -> logits. Name the classifier inside it "
                 f"with GMARCallback(module=...); its children: {children}"
             )
-        try:
-            classifier_of(pl_module, self.module)
-        except ValueError as error:
-            raise ConfigurationError(str(error)) from None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the probe images, open or continue the record, and probe the untrained model."""
+        self._check_module(trainer, pl_module)
         restored, self._restored = self._restored, None
-        if restored is not None or trainer.global_step == 0:
+        if restored is not None or trainer.global_step == 0 or self._trainer != id(trainer):
             self._begin_run()
         if restored is not None:
             self._continue_from(restored)
-        self._fit_started, self._closed = time.monotonic(), False
-        self._probe = self._drawn(trainer, pl_module)
-        self._open_record(trainer, pl_module, resumed=restored is not None)
+        self._trainer, self._closed, self._fit_started = id(trainer), False, time.monotonic()
+        self._session.probe = probe = self._drawn(trainer, pl_module)
+        self._open_record(trainer, pl_module, probe, resumed=restored is not None)
         if self._last_probe is None:
             started_at = trainer.global_step if self._schedule.unit == "step" else trainer.current_epoch
             self._schedule.reset(started_at)
@@ -237,7 +242,7 @@ class GMARCallback(Callback):
         if self._schedule.unit == "epoch" and self._schedule.due(trainer.current_epoch + 1):
             self._run_probe(trainer, pl_module, log_position(trainer, ended=True))
         elif self._schedule.unit == "step" and trainer.global_step == 0:
-            self._say_once(
+            self._session.say_once(
                 "GMARCallback: an epoch went by and Lightning counted no optimizer step (optimizers stepped by "
                 "hand?); use every_n_epochs"
             )
@@ -259,10 +264,9 @@ class GMARCallback(Callback):
         return {
             "schedule": self._schedule.state_dict(),
             "last_probe": list(self._last_probe or ()),
-            "detector": None if self.detector is None else self.detector.state_dict(),
+            "session": self._session.state_dict(),
             "fingerprint": self._fingerprint,
             "folder": self._folder,
-            "probes": self._probes,
             "probe_seconds": self._probe_seconds,
         }
 
@@ -273,23 +277,33 @@ class GMARCallback(Callback):
     def _continue_from(self, state: Mapping[str, Any]) -> None:
         self._schedule.load_state_dict(state["schedule"])
         self._last_probe = (state["last_probe"][0], state["last_probe"][1]) if state["last_probe"] else None
-        if self.detector is not None and state["detector"] is not None:
-            self.detector.load_state_dict(state["detector"])
+        self._session.load_state_dict(state["session"])
         self._fingerprint, self._folder = state["fingerprint"], state["folder"]
-        self._probes, self._probe_seconds = state["probes"], state["probe_seconds"]
+        self._probe_seconds = state["probe_seconds"]
+
+    def _check_module(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        try:
+            classifier_of(pl_module, self.module)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from None
+        if self.module is not None and needs_whole_module(trainer):
+            raise ConfigurationError(
+                f"FSDP gathers its weights in the LightningModule's own forward only, not in module={self.module!r}. "
+                "Let that forward return the logits and leave module out, or use strategy ModelParallelStrategy."
+            )
 
     def _drawn(self, trainer: Trainer, pl_module: LightningModule) -> ProbeBatch:
         try:
             probe = self._given or draw_from_validation(trainer, pl_module, self.num_images)
-        except ValueError as error:
-            raise ConfigurationError(f"GMARCallback: {error}") from None
+        except (ValueError, ProbeError) as error:
+            raise ConfigurationError(f"GMARCallback: {error}") from error
         if probe is None:
             raise ConfigurationError(
                 "GMARCallback found no validation dataloader to draw its images from; add one, or pass "
                 "probe_batch=(images, labels)"
             )
         if self._given is None and len(probe) < self.num_images:
-            self._say_once(
+            self._session.say_once(
                 f"GMARCallback: num_images={self.num_images}, but the validation set has {len(probe)}; using all"
             )
         if self.target == "label" and probe.labels is None:
@@ -299,10 +313,11 @@ class GMARCallback(Callback):
             )
         return probe
 
-    def _open_record(self, trainer: Trainer, pl_module: LightningModule, resumed: bool) -> None:
-        assert self._probe is not None
-        changed = self._fingerprint is not None and self._fingerprint != self._probe.fingerprint
-        self._fingerprint = self._probe.fingerprint
+    def _open_record(
+        self, trainer: Trainer, pl_module: LightningModule, probe: ProbeBatch, resumed: bool
+    ) -> None:
+        changed = self._fingerprint is not None and self._fingerprint != probe.fingerprint
+        self._fingerprint = probe.fingerprint
         if changed:
             rank_zero_warn(
                 "GMARCallback: the validation set gives other probe images than before; the record starts a new "
@@ -315,21 +330,31 @@ class GMARCallback(Callback):
         on_disk = self.save_dir is not None or not trainer.fast_dev_run
         if not trainer.loggers and on_disk:
             rank_zero_info(f"GMARCallback: no logger; the record goes to {folder}")
-        found_mean, found_std = normalisation_of(trainer, pl_module)
-        mean, std = self.mean or found_mean, self.std or found_std
         planned = planned_probes(trainer, self._schedule.unit, self._schedule.interval)
         self._publisher = Publisher.open(
             folder if on_disk else None,
-            self._probe,
-            [enlarged(to_uint8_image(image, mean, std)) for image in self._probe.images[: self.num_heatmaps]],
+            probe,
+            self._photographs(trainer, pl_module, probe),
             trainer.loggers,
             names=self.class_names or class_names_of(trainer, pl_module),
             settings=self._settings(),
-            resume_at=trainer.global_step if resumed else None,
+            resume_at=trainer.global_step if resumed or changed else None,
             per_head=self.log_per_head,
             media_every=max(1, math.ceil((planned or 0) / self.max_events)),
             warn=rank_zero_warn,
         )
+
+    def _photographs(
+        self, trainer: Trainer, pl_module: LightningModule, probe: ProbeBatch
+    ) -> list[np.ndarray]:
+        mean, std = normalisation_of(trainer, pl_module)
+        mean, std = self.mean or mean, self.std or std
+        try:
+            return [to_uint8_image(image, mean, std) for image in probe.images[: self.num_heatmaps]]
+        except Exception as error:
+            # One process draws; nothing it meets may keep it from the others.
+            rank_zero_warn(f"GMARCallback: the probe images cannot be drawn ({error}); numbers only")
+            return []
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -346,79 +371,42 @@ class GMARCallback(Callback):
     def _run_probe(
         self, trainer: Trainer, pl_module: LightningModule, step: int, first: bool = False
     ) -> None:
-        last = self._last_probe
-        repeats = last is not None and (trainer.global_step == last[0] or step <= last[1])
-        spent = self._failed_in_a_row >= _MOST_FAILURES or (trainer.fast_dev_run and not first)
-        if self._probe is None or repeats or spent:
+        now = (trainer.global_step, step)
+        if not self._needed(trainer, now, first):
             return
-        started = time.monotonic()
-        self._last_probe = (trainer.global_step, step)
-        self._probes += 1
-        where = {"step": step, "global_step": trainer.global_step, "epoch": trainer.current_epoch}
-        metrics, events = logged_metrics(trainer), []
-        try:
-            with silent(pl_module):
-                found = self._measured(trainer, pl_module)
-                events = self._judged(trainer, pl_module, step, found)
-            flagged = self.detector.flagged if self.detector is not None else []
-            record, heatmaps, layers = probe_record(found, events, flagged), found.heatmaps, found.layers
-            self._failed_in_a_row = 0
-        except Exception as error:
-            if self.on_error == "raise" or (first and isinstance(error, (UnsupportedModelError, ValueError))):
-                raise
-            self._note_failure(error, step)
-            record, heatmaps, layers = failure_record(error), None, ()
-        record = {**where, **record, "metrics": metrics, "seconds": time.monotonic() - started}
-        if heatmaps is not None:
-            trainer.callback_metrics.update(as_metrics(record))
-        if self._publisher is not None:
-            self._publisher.add(record, heatmaps, layers)
-        self._react(trainer, pl_module, events)
+        started, self._last_probe = time.monotonic(), now
+        metrics = logged_metrics(trainer)
+        with untouched(trainer, pl_module):
+            outcome = self._session.take(
+                callable_model(trainer, pl_module),
+                step,
+                precision=trainer.precision_plugin.forward_context,
+                first=first,
+            )
+        where = {"step": step, "global_step": now[0], "epoch": trainer.current_epoch}
+        seconds = time.monotonic() - started
+        self._publish(trainer, {**where, **outcome.record, "metrics": metrics, "seconds": seconds}, outcome)
+        self._react(trainer, pl_module, outcome.events)
         self._probe_seconds += time.monotonic() - started
 
-    def _measured(self, trainer: Trainer, pl_module: LightningModule) -> Measurement:
-        assert self._probe is not None
-        return measure(
-            callable_model(trainer, pl_module),
-            self._probe,
-            self._explain,
-            target=self.target,
-            micro_batch_size=self.micro_batch_size,
-            precision=trainer.precision_plugin.forward_context,
-        )
+    def _needed(self, trainer: Trainer, now: tuple[int, int], first: bool) -> bool:
+        # Without a counted step the weights are the same, unless the optimizers are stepped by hand.
+        last = self._last_probe
+        repeats = last is not None and (now <= last or now[0] == last[0] > 0)
+        over = self._session.probe is None or self._session.spent or (trainer.fast_dev_run and not first)
+        return not repeats and not over
 
-    def _judged(
-        self, trainer: Trainer, pl_module: LightningModule, step: int, found: Measurement
-    ) -> list[HeadEvent]:
-        if self.detector is None or self._probe is None:
-            return []
-        events = self.detector.update(step, found.importance, found.layers)
-        if not self.confirm:
-            return events
+    def _publish(self, trainer: Trainer, record: dict[str, Any], outcome: Outcome) -> None:
+        found = outcome.found
         try:
-            return confirm_by_ablation(
-                callable_model(trainer, pl_module),
-                self._probe,
-                found,
-                events,
-                self.detector.flagged,
-                module=self.module,
-                precision=trainer.precision_plugin.forward_context,
-            )
+            if found is not None:
+                trainer.callback_metrics.update(as_metrics(record))
+            if self._publisher is not None and found is not None:
+                self._publisher.add(record, found.heatmaps, found.layers)
+            elif self._publisher is not None:
+                self._publisher.add(record, None)
         except Exception as error:
-            self._say_once(f"GMARCallback: flags could not be confirmed by ablation ({error})", "confirm")
-            return events
-
-    def _note_failure(self, error: Exception, step: int) -> None:
-        self._failed += 1
-        self._failed_in_a_row += 1
-        cause = f"{type(error).__name__}: {error}"
-        self._say_once(f"GMARCallback: the probe at step {step} failed, training goes on ({cause})", cause)
-        if self._failed_in_a_row == _MOST_FAILURES:
-            self._say_once(
-                f"GMARCallback: {_MOST_FAILURES} probes in a row failed; no more probes in this run",
-                "disabled",
-            )
+            self._shrug("the probe could not be published", error, record["step"])
 
     def _react(self, trainer: Trainer, pl_module: LightningModule, events: Sequence[HeadEvent]) -> None:
         nonfinite = any(event.kind == "nonfinite" for event in events)
@@ -430,9 +418,7 @@ class GMARCallback(Callback):
             try:
                 self.on_collapse(trainer, pl_module, alarms)
             except Exception as error:
-                if self.on_error == "raise":
-                    raise
-                self._say_once(f"GMARCallback: on_collapse raised {type(error).__name__}: {error}")
+                self._shrug("on_collapse failed", error, alarms[0].step)
             return
         text = alarm_text(alarms)
         rank_zero_warn(f"GMARCallback: {text}")
@@ -442,35 +428,22 @@ class GMARCallback(Callback):
             trainer.should_stop = True
 
     def _close(self, trainer: Trainer) -> None:
-        if self._closed or self._publisher is None or not trainer.is_global_zero:
+        if self._closed or self._publisher is None or not self._publisher.history.records:
             return
         self._closed = True
-        lines = self._publisher.close(
-            metrics=logged_metrics(trainer),
-            counts=(self._probes, self._failed),
-            seconds=(self._probe_seconds, time.monotonic() - self._fit_started),
+        try:
+            lines = self._publisher.close(
+                metrics=logged_metrics(trainer),
+                counts=(self._session.taken, self._session.failed),
+                seconds=(self._probe_seconds, time.monotonic() - self._fit_started),
+            )
+            trainer.print("\n".join(lines))
+        except Exception as error:
+            self._shrug("the run could not be summed up", error, trainer.global_step)
+
+    def _shrug(self, what: str, error: Exception, step: int) -> None:
+        if self.on_error == "raise":
+            raise error
+        self._session.say_once(
+            f"GMARCallback: {what} at step {step}, training goes on ({type(error).__name__}: {error})", what
         )
-        trainer.print("\n".join(lines))
-
-    def _say_once(self, sentence: str, key: str | None = None) -> None:
-        if (key or sentence) not in self._said:
-            self._said.add(key or sentence)
-            rank_zero_warn(sentence)
-
-
-def _given_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
-    images, labels = unpack_batch(batch)
-    kept = images.detach().cpu().clone()
-    return kept, None if labels is None else labels.detach().cpu().clone()
-
-
-def _check_counts(**counts: Any) -> None:
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigurationError(f"{name} must be a whole number >= 1, got {value!r}")
-
-
-def _check_choice(name: str, value: Any, allowed: tuple[str, ...], other: str = "") -> None:
-    if value not in allowed:
-        choices = ", ".join(map(repr, allowed))
-        raise ConfigurationError(f"{name}={value!r} is unknown; choose one of {choices} {other}".rstrip())

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 
-from gmar_lightning.explain.isolation import isolated_random_state
+from gmar_lightning.explain.isolation import undisturbed
+from gmar_lightning.monitor.attributes import attributes_kept
+from gmar_lightning.monitor.measurement import agreed_probe
 from gmar_lightning.monitor.probe import ProbeBatch, draw_probe
 
 __all__ = [
@@ -23,24 +25,52 @@ __all__ = [
     "draw_from_validation",
     "log_position",
     "logged_metrics",
+    "needs_whole_module",
     "normalisation_of",
     "planned_probes",
-    "silent",
+    "untouched",
 ]
 
 
 def draw_from_validation(trainer: Trainer, pl_module: LightningModule, num_images: int) -> ProbeBatch | None:
-    """The probe images, from the validation set and through the batch-transfer hooks; None without one."""
-    loader = _validation_loader(trainer)
-    if loader is None:
-        return None
+    """The probe images, from the validation set and through the batch-transfer hooks; None without one.
+
+    Raises:
+        ValueError: When they cannot be drawn.
+        ProbeError: When another process could not.
+    """
 
     def transfer(batch: Any) -> Any:
-        # Hooks that augment only while training must see that this is not training.
-        with mock.patch.object(trainer.state, "stage", RunningStage.VALIDATING):
-            return trainer.strategy.batch_to_device(batch, device=pl_module.device, dataloader_idx=0)
+        return trainer.strategy.batch_to_device(batch, device=pl_module.device, dataloader_idx=0)
 
-    return draw_probe(loader, num_images, transfer)
+    # Hooks that augment only while training must see that this is not training.
+    with untouched(trainer, pl_module), undisturbed(pl_module), _validating(trainer):
+        loader = _validation_loader(trainer)
+        if loader is None:
+            return None
+        return agreed_probe(lambda: _drawn(loader, num_images, transfer))
+
+
+def _drawn(loader: Any, num_images: int, transfer: Any) -> ProbeBatch:
+    try:
+        return draw_probe(loader, num_images, transfer)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"the validation images cannot be read ({type(error).__name__}: {error}); "
+            "pass probe_batch=(images, labels)"
+        ) from error
+
+
+@contextmanager
+def _validating(trainer: Trainer) -> Iterator[None]:
+    stage = trainer.state.stage
+    trainer.state.stage = RunningStage.VALIDATING
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
 
 
 def _validation_loader(trainer: Trainer) -> Any:
@@ -48,13 +78,20 @@ def _validation_loader(trainer: Trainer) -> Any:
     source = trainer.fit_loop.epoch_loop.val_loop._data_source
     if loaders is None and source.is_defined():
         # limit_val_batches=0 or validation later on: the data set is there all the same.
-        with isolated_random_state():
-            loaders = source.dataloader()
-    while isinstance(loaders, dict) and loaders:
-        loaders = next(iter(loaders.values()))
-    if isinstance(loaders, (list, tuple)) and loaders and hasattr(loaders[0], "dataset"):
-        loaders = loaders[0]
-    return loaders if loaders is not None and not (isinstance(loaders, Sequence) and not loaders) else None
+        loaders = source.dataloader()
+    return _first_of(loaders)
+
+
+def _first_of(loaders: Any) -> Any:
+    """The first loader of a collection of them; a list of batches is a loader itself."""
+    if isinstance(loaders, CombinedLoader):
+        return _first_of(loaders.iterables)
+    if isinstance(loaders, Mapping):
+        return _first_of(next(iter(loaders.values()), None))
+    if isinstance(loaders, Sequence):
+        first = loaders[0] if loaders else None
+        return _first_of(first) if hasattr(first, "dataset") or not loaders else loaders
+    return loaders
 
 
 def default_folder(trainer: Trainer, callback: Callback) -> Path:
@@ -77,9 +114,12 @@ def callable_model(trainer: Trainer, pl_module: LightningModule) -> nn.Module:
     the plain module, and a wrapped DDP module must not be called outside of training.
     """
     wrapper = trainer.strategy.model
-    if wrapper is not None and type(wrapper).__name__ == "FullyShardedDataParallel":
-        return wrapper
-    return pl_module
+    return wrapper if wrapper is not None and needs_whole_module(trainer) else pl_module
+
+
+def needs_whole_module(trainer: Trainer) -> bool:
+    """Whether parts of the model cannot be called by themselves: under FSDP (version 1)."""
+    return type(trainer.strategy.model).__name__ == "FullyShardedDataParallel"
 
 
 def log_position(trainer: Trainer, ended: bool = False) -> int:
@@ -93,18 +133,27 @@ def logged_metrics(trainer: Trainer) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in trainer.callback_metrics.items()
-        if isinstance(value, (int, float, Tensor)) and not name.startswith("gmar") and _is_single(value)
+        if not name.startswith("gmar") and _is_number(value)
     }
 
 
-def _is_single(value: Any) -> bool:
-    return not isinstance(value, Tensor) or value.numel() == 1
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, (int, float))
 
 
 def planned_probes(trainer: Trainer, unit: str, interval: int) -> int | None:
-    """How many probes the run will take, as far as that can be known."""
-    total = trainer.estimated_stepping_batches if unit == "step" else (trainer.max_epochs or -1)
-    return 2 + int(total) // interval if total > 0 and not math.isinf(total) else None
+    """How many probes the run will take, as far as that can be known.
+
+    Counted by hand: `Trainer.estimated_stepping_batches` may load data, and only one process asks.
+    """
+    epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else math.inf
+    total = float(epochs)
+    if unit == "step":
+        total *= math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        total = min(total, trainer.max_steps) if trainer.max_steps > 0 else total
+    return 2 + int(total) // interval if math.isfinite(total) else None
 
 
 def normalisation_of(trainer: Trainer, pl_module: LightningModule) -> tuple[Any, Any]:
@@ -129,7 +178,7 @@ def _is_channel_list(value: Any) -> bool:
 def class_names_of(trainer: Trainer, pl_module: LightningModule) -> list[str] | None:
     """Names of the classes, from the datamodule, the module or the data set."""
     dataset = getattr(_validation_loader(trainer), "dataset", None)
-    while hasattr(dataset, "dataset"):
+    while dataset is not None and hasattr(dataset, "dataset"):
         dataset = dataset.dataset
     for holder, name in (
         (getattr(trainer, "datamodule", None), "class_names"),
@@ -143,11 +192,15 @@ def class_names_of(trainer: Trainer, pl_module: LightningModule) -> list[str] | 
 
 
 @contextmanager
-def silent(pl_module: LightningModule) -> Iterator[None]:
-    """Keep a forward that logs from adding the probe's values to the training metrics."""
-    with ExitStack() as stack:
-        for name in ("log", "log_dict"):
-            stack.enter_context(mock.patch.object(pl_module, name, _log_nothing))
+def untouched(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Keep a forward that logs, counts or collects from leaving traces in the training.
+
+    Inside, what it logs goes nowhere; afterwards the attributes of the module and its parts are as before.
+    """
+    # FSDP (version 1) keeps its own books in the modules it wraps.
+    modules = [pl_module] if needs_whole_module(trainer) else list(pl_module.modules())
+    with attributes_kept(modules):
+        vars(pl_module).update(log=_log_nothing, log_dict=_log_nothing)
         yield
 
 

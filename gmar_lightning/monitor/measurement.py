@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,14 +12,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.gmar import GMARResult, gmar
 from gmar_lightning.monitor.probe import ProbeBatch
 
-__all__ = ["Measurement", "ProbeError", "measure", "on_every_process", "share_of"]
+__all__ = [
+    "Measurement",
+    "ProbeError",
+    "agreed_probe",
+    "measure",
+    "on_every_process",
+    "refused",
+    "share_of",
+]
 
 
 class ProbeError(RuntimeError):
-    """A probe failed on at least one process; says why. The first cause, if it was here, is chained."""
+    """A probe failed on another process; says where and why.
+
+    Attributes:
+        refused: Whether the model or the arguments are at fault, rather than the moment.
+    """
+
+    def __init__(self, message: str, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
+
+
+def refused(error: Exception) -> bool:
+    """Whether the model or the arguments are at fault, rather than the moment; the same on all processes."""
+    return isinstance(error, (UnsupportedModelError, ValueError)) or getattr(error, "refused", False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +55,8 @@ class Measurement:
         logits: `(images, classes)`.
         targets: `(images,)`, the classes explained.
         layers: Module path of each layer.
+        micro_batch_size: Images per forward.
+        out_of_memory: Whether that was halved because memory ran out.
     """
 
     heatmaps: np.ndarray
@@ -43,6 +67,8 @@ class Measurement:
     logits: np.ndarray
     targets: np.ndarray
     layers: tuple[str, ...] = field(default=())
+    micro_batch_size: int = 1
+    out_of_memory: bool = False
 
     @property
     def shares(self) -> np.ndarray:
@@ -91,7 +117,7 @@ def measure(
     rows = share_of(len(probe))
     images = probe.images[rows]
     targets = _targets(probe, target, rows)
-    size = min(micro_batch_size or len(rows), len(rows))
+    size, exhausted = min(micro_batch_size or len(rows), len(rows)), False
 
     def explained() -> dict[str, Any]:
         with precision():
@@ -100,17 +126,40 @@ def measure(
     while True:
         try:
             parts = on_every_process(explained)
-            return _put_together(parts, len(probe))
         except MemoryError:
             if size == 1:
                 raise ProbeError("out of memory with one image at a time") from None
-            size = -(-size // 2)
+            size, exhausted = -(-size // 2), True
+        else:
+            return replace(_put_together(parts, len(probe)), micro_batch_size=size, out_of_memory=exhausted)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def agreed_probe(draw: Callable[[], ProbeBatch]) -> ProbeBatch:
+    """Draw the probe images on every process; where they differ, all take those of the first.
+
+    They differ when a data set gives each process its own part.
+
+    Raises:
+        ProbeError: When the drawing failed on another process; a failure here is raised as it is.
+    """
+    drawn: list[ProbeBatch] = []
+
+    def fingerprint() -> str:
+        drawn.append(draw())
+        return drawn[0].fingerprint
+
+    if len(set(on_every_process(fingerprint))) > 1:
+        dist.broadcast_object_list(drawn, src=0)
+    return drawn[0]
 
 
 def on_every_process(work: Callable[[], Any]) -> list[Any]:
     """Run `work` on every process and hand everyone all results, or the same failure.
 
     Nobody leaves before all have reported, so a failure on one process cannot leave the others waiting.
+    (A model that communicates in its own forward can still wait for a process that failed in it.)
 
     Raises:
         MemoryError: When some process ran out of memory.
@@ -121,18 +170,24 @@ def on_every_process(work: Callable[[], Any]) -> list[Any]:
     try:
         outcome = ("done", work())
     except Exception as error:
-        own = error
-        outcome = ("memory" if _is_out_of_memory(error) else "failed", f"{type(error).__name__}: {error}")
-    outcomes = _gathered(outcome)
-    kinds = [kind for kind, _ in outcomes]
-    if "failed" in kinds:
-        rank = kinds.index("failed")
-        if own is not None and outcome[0] == "failed":
+        if _is_out_of_memory(error):
+            # Not kept: its traceback holds the tensors that filled the memory.
+            outcome = ("memory", None)
+        else:
+            own = error
+            outcome = ("refused" if refused(error) else "failed", f"{type(error).__name__}: {error}")
+    try:
+        outcomes = _gathered(outcome)
+        if own is not None:
             raise own
-        raise ProbeError(f"on process {rank}: {outcomes[rank][1]}")
-    if "memory" in kinds:
-        raise MemoryError
-    return [result for _, result in outcomes]
+        for rank, (kind, cause) in enumerate(outcomes):
+            if kind in ("failed", "refused"):
+                raise ProbeError(f"on process {rank}: {cause}", refused=kind == "refused")
+        if any(kind == "memory" for kind, _ in outcomes):
+            raise MemoryError
+        return [result for _, result in outcomes]
+    finally:
+        own = None  # or the error and this frame would keep each other, and the activations, alive
 
 
 def share_of(count: int) -> list[int]:
@@ -178,8 +233,13 @@ def _on_cpu(result: GMARResult) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     for item in fields(result):
         value = getattr(result, item.name)
-        parts[item.name] = value.cpu().numpy() if isinstance(value, Tensor) else value
+        parts[item.name] = _as_array(value) if isinstance(value, Tensor) else value
     return parts
+
+
+def _as_array(value: Tensor) -> np.ndarray:
+    # NumPy knows no bfloat16.
+    return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).cpu().numpy()
 
 
 def _put_together(parts: list[dict[str, Any]], count: int) -> Measurement:

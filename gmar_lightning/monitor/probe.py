@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
+import io
 import itertools
+import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -21,6 +24,8 @@ IMAGE_KEYS = ("images", "image", "pixel_values", "inputs", "input", "x", "img")
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 # Candidates read per probe image when a data set does not say its labels up front.
 _CANDIDATES = 4
+# Bytes from which an array of a data set is taken for its images, not for its state.
+_LARGE = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +58,10 @@ class ProbeBatch:
 def draw_probe(loader: Any, num_images: int, transfer: Callable[[Any], Any] | None = None) -> ProbeBatch:
     """Draw a class-balanced batch from a validation loader's data set, without touching any random stream.
 
-    The loader itself is never iterated when its data set can be indexed: starting its workers would move
-    the random state and with it the training. Random transforms see a fixed seed, so that a resumed run
-    finds the same images.
+    The loader itself is never iterated: starting its workers would move the random state and with it the
+    training. Its data set is read through a copy (which shares arrays and tensors), as a data set may hold a
+    random generator, a cache or a position of its own. Random transforms see a fixed seed, so that a resumed
+    run finds the same images.
 
     Args:
         loader: A `DataLoader`, or a list of batches.
@@ -112,7 +118,6 @@ def unpack_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _drawn(loader: Any, num_images: int) -> tuple[Any, int | None]:
-    dataset = getattr(loader, "dataset", None)
     if isinstance(loader, (list, tuple)):
         return _merged(itertools.islice(loader, num_images)), None
     if not isinstance(loader, DataLoader):
@@ -120,28 +125,65 @@ def _drawn(loader: Any, num_images: int) -> tuple[Any, int | None]:
             f"cannot draw probe images from a {type(loader).__name__} without disturbing it; "
             "pass probe_batch=(images, labels)"
         )
-    if isinstance(dataset, IterableDataset):
-        return _from_stream(loader, dataset, num_images), None
+    streams = isinstance(loader.dataset, IterableDataset)
+    dataset, collate = _private_copy((loader.dataset, loader.collate_fn), required=streams)
+    if streams:
+        return _from_stream(loader, dataset, collate, num_images), None
     if loader.batch_sampler is None:
         return _merged(dataset[i] for i in range(min(num_images, len(dataset)))), None  # items are batches
     indices = _candidates(dataset, num_images)
     if not indices:
         raise ValueError("the validation set is empty; pass probe_batch=(images, labels)")
-    return loader.collate_fn([dataset[index] for index in indices]), len(dataset)
+    return collate([dataset[index] for index in indices]), len(dataset)
 
 
-def _from_stream(loader: DataLoader, dataset: IterableDataset, num_images: int) -> Any:
-    try:
-        stream = iter(copy.deepcopy(dataset))
-    except Exception as error:
-        raise ValueError(
-            f"the validation stream {type(dataset).__name__} cannot be copied ({error}), and reading the original "
-            "would take images from the validation; pass probe_batch=(images, labels)"
-        ) from error
+def _from_stream(loader: DataLoader, stream: Any, collate: Callable[[Any], Any], num_images: int) -> Any:
     items = list(itertools.islice(stream, _CANDIDATES * num_images))
     if not items:
         raise ValueError("the validation stream is empty; pass probe_batch=(images, labels)")
-    return _merged(items) if loader.batch_size is None else loader.collate_fn(items)
+    return _merged(items) if loader.batch_size is None else collate(items)
+
+
+def _private_copy(original: Any, required: bool) -> Any:
+    """A copy whose reading leaves the original as it is; the original where copying fails and is not required."""
+    buffer, shared = io.BytesIO(), list[Any]()
+    try:
+        _Copier(buffer, shared).dump(original)
+        buffer.seek(0)
+        return _Reader(buffer, shared).load()
+    except Exception as error:
+        if not required:
+            return original
+        raise ValueError(
+            f"the validation stream {type(original[0]).__name__} cannot be copied ({error}), and reading the "
+            "original would take images from the validation; pass probe_batch=(images, labels)"
+        ) from error
+
+
+class _Copier(pickle.Pickler):
+    """Pickles by value what has state, and by reference what is large or cannot change."""
+
+    _BY_REFERENCE = (str, bytes, type, ModuleType, FunctionType, BuiltinFunctionType)
+
+    def __init__(self, buffer: io.BytesIO, shared: list[Any]) -> None:
+        super().__init__(buffer, protocol=pickle.HIGHEST_PROTOCOL)
+        self._shared = shared
+
+    def persistent_id(self, obj: Any) -> int | None:
+        large = isinstance(obj, (Tensor, np.ndarray)) and obj.nbytes > _LARGE
+        if not large and not isinstance(obj, self._BY_REFERENCE):
+            return None
+        self._shared.append(obj)
+        return len(self._shared) - 1
+
+
+class _Reader(pickle.Unpickler):
+    def __init__(self, buffer: io.BytesIO, shared: list[Any]) -> None:
+        super().__init__(buffer)
+        self._shared = shared
+
+    def persistent_load(self, pid: int) -> Any:
+        return self._shared[pid]
 
 
 def _candidates(dataset: Any, num_images: int) -> list[int]:
@@ -159,11 +201,15 @@ def _known_labels(dataset: Any) -> list[Any] | None:
         return None if inner is None else [inner[index] for index in dataset.indices]
     for name in ("targets", "labels"):
         labels = getattr(dataset, name, None)
-        if isinstance(labels, Tensor):
-            labels = labels.tolist()
-        if isinstance(labels, Sequence) and len(labels) == len(dataset):
+        labels = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else labels
+        if isinstance(labels, Sequence) and len(labels) == len(dataset) and _are_classes(labels):
             return list(labels)
     return None
+
+
+def _are_classes(labels: Sequence[Any]) -> bool:
+    # Not lists of several labels, boxes or captions per image.
+    return all(isinstance(label, (int, np.integer)) for label in labels)
 
 
 def _balanced(labels: Sequence[Any], num_images: int) -> list[int]:

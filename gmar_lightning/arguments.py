@@ -1,0 +1,66 @@
+"""Checks of what the callback is given: a clear error before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from gmar_lightning.monitor.probe import ProbeBatch, unpack_batch
+
+__all__ = [
+    "ConfigurationError",
+    "check_choice",
+    "check_counts",
+    "check_display",
+    "check_target",
+    "given_probe",
+]
+
+
+class ConfigurationError(MisconfigurationException, ValueError):
+    """The callback cannot work as it was set up; the message says what to change."""
+
+
+def check_counts(**counts: Any) -> None:
+    """Refuse what is not a whole number of at least 1."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigurationError(f"{name} must be a whole number >= 1, got {value!r}")
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str], other: str = "") -> None:
+    """Refuse a name that is not among the allowed ones; `other` says what else is possible."""
+    if not isinstance(value, str) or value not in allowed:
+        choices = ", ".join(map(repr, allowed))
+        raise ConfigurationError(f"{name}={value!r} is unknown; choose one of {choices} {other}".rstrip())
+
+
+def check_target(target: Any, probe: ProbeBatch | None) -> None:
+    """Refuse a target that is neither a choice nor a class index, and labels that are not there."""
+    if isinstance(target, bool) or not (isinstance(target, int) and target >= 0):
+        check_choice("target", target, ("predicted", "label"), "or a class index")
+    if target == "label" and probe is not None and probe.labels is None:
+        raise ConfigurationError('target="label" needs labels: pass probe_batch=(images, labels)')
+
+
+def check_display(name: str, values: Any) -> list[float] | None:
+    """Channel means or deviations as a list; None stays None."""
+    if values is None:
+        return None
+    try:
+        return [float(value) for value in values]
+    except (TypeError, ValueError):
+        raise ConfigurationError(f"{name} must be one number per channel, got {values!r}") from None
+
+
+def given_probe(batch: Any) -> ProbeBatch | None:
+    """The user's own probe batch, kept apart from the tensors it came in."""
+    if batch is None:
+        return None
+    images, labels = unpack_batch(batch)
+    if len(images) == 0:
+        raise ConfigurationError("probe_batch is empty")
+    kept = images.detach().cpu().clone()
+    return ProbeBatch(kept, None if labels is None else labels.detach().cpu().clone())
