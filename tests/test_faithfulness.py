@@ -301,7 +301,7 @@ def test_deletion_agrees_with_quantus_pixel_flipping(vit, batch):
     pixels = heatmaps.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None].numpy()
     flip = quantus.PixelFlipping(
         features_in_step=16 * 16 * 3,  # one cell, all channels
-        perturb_baseline="black",
+        perturb_baseline=0.0,
         normalise=False,
         disable_warnings=True,
         display_progressbar=False,
