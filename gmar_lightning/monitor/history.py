@@ -204,8 +204,8 @@ class History:
         if name not in HEAD_VALUES:
             raise KeyError(f"{name!r} is not one of {', '.join(HEAD_VALUES)}")
         if step is not None:
-            return self._table(self._at(step), name)
-        tables = [self._table(record, name) for record in self.records]
+            return self.table(self._at(step), name)
+        tables = [self.table(record, name) for record in self.records]
         return np.stack(tables) if tables else np.empty((0, *self._shape()))
 
     def importance(self, step: int | None = None) -> np.ndarray:
@@ -222,11 +222,15 @@ class History:
         Raises:
             KeyError: no probe at ``step``, or it has no maps.
         """
-        record = self._at(step)
-        path = self.dir / "maps" / f"{record.get('maps')}.npz"
-        if not record.get("maps") or not path.is_file():
+        maps = self.maps_of(self._at(step))
+        if maps is None:
             raise KeyError(f"no heatmaps were recorded at step {step}")
-        return read_maps(path)
+        return maps
+
+    def maps_of(self, record: Mapping[str, Any]) -> np.ndarray | None:
+        """A record's maps, float32 ``(images, grid_h, grid_w)``; None if there are none."""
+        path = self.dir / "maps" / f"{record.get('maps')}.npz"
+        return read_maps(path) if record.get("maps") and path.is_file() else None
 
     def metric(self, name: str) -> np.ndarray:
         """A value the trainer had logged at each probe, ``(probes,)``; NaN where it had not."""
@@ -237,7 +241,7 @@ class History:
         """One tidy row per probe and head: step, layer, head, importance, share, flagged, ..."""
         names = ["importance", "shares", *(n for n in HEAD_VALUES[2:] if any(r.get(n) for r in self.records))]
         for record in self.records:
-            tables = {name: self._table(record, name) for name in names}
+            tables = {name: self.table(record, name) for name in names}
             flagged = {tuple(cell) for cell in record.get("flagged") or []}
             for layer, width in enumerate(self.heads if record.get("importance") else []):
                 for head in range(width):
@@ -268,7 +272,8 @@ class History:
     def _shape(self) -> tuple[int, int]:
         return len(self.heads), max(self.heads, default=0)
 
-    def _table(self, record: Mapping[str, Any], name: str) -> np.ndarray:
+    def table(self, record: Mapping[str, Any], name: str) -> np.ndarray:
+        """A record's head values ``name`` as ``(layers, heads)``, NaN where there are none."""
         table = np.full(self._shape(), np.nan)
         for layer, row in enumerate((record.get(name) or [])[: len(table)]):
             cells = row[: self.heads[layer]]

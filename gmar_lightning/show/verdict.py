@@ -1,0 +1,254 @@
+"""What a run was, in words: a few fixed rules over its record. Each finding says the numbers it rests on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gmar_lightning.monitor.history import History
+from gmar_lightning.show.metric_names import accuracy_name, loss_name
+
+ALARMS = ("nonfinite", "diverged", "collapse", "layer_vanishing", "nothing_learned")
+FINDINGS = (*ALARMS, "dominance", "failed_probes", "drift", "recovered", "dormant", "global_shrink")
+
+# a loss counts as diverged above this multiple of its lowest value, once half the way back to the start
+LOSS_FACTOR = 2.0
+# less than this gain in accuracy, and less than this fall of the loss, is nothing learned
+ACCURACY_GAIN, LOSS_FALL = 0.02, 0.05
+# explanations have drifted away when their patches' order has lost most of its likeness to the first probe
+DRIFT_LIMIT = 0.3
+
+_HEADLINES = {
+    "nonfinite": "not finite",
+    "diverged": "diverged",
+    "collapse": "heads collapsed",
+    "layer_vanishing": "layer vanished",
+    "nothing_learned": "nothing learned",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a rule found: ``kind`` is one of `FINDINGS`, ``text`` a sentence with its numbers."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class HeadCollapse:
+    """A head's collapse: where, when it was called, since when, and when it recovered (None: it did not)."""
+
+    layer: int
+    head: int
+    layer_name: str
+    step: int
+    since_step: int
+    recovered_step: int | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A run in words: ``headline`` (``healthy`` when no rule of `ALARMS` fired) and what was found."""
+
+    headline: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no alarm fired."""
+        return not any(finding.kind in ALARMS for finding in self.findings)
+
+    def has(self, kind: str) -> bool:
+        """Whether a finding of this kind is among the findings."""
+        return any(finding.kind == kind for finding in self.findings)
+
+
+def judge(history: History) -> Verdict:
+    """The verdict on a run.
+
+    Rules, in order of the headline: ``nonfinite`` (importance was NaN or infinite at a probe), ``diverged``
+    (the loss ended above twice its lowest value and more than half the way back to where it began, or was
+    not finite), ``collapse`` (heads still collapsed at the end), ``layer_vanishing`` (a layer still without
+    gradient at the end), ``nothing_learned`` (accuracy gained less than 2 points and the loss fell less than
+    5 %). Reported without alarm: dominance at the end, failed probes, drift (median rank correlation with
+    the first maps below 0.3), heads that recovered, dormant heads, gradients that shrank everywhere.
+    """
+    rules = (
+        _nonfinite, _diverged, _collapse, _vanishing, _nothing_learned, _dominance, _failed, _moved, _harmless,
+    )  # fmt: skip
+    if not any(record.get("importance") for record in history.records):
+        return Verdict("no probe", (Finding("failed_probes", "No probe succeeded, nothing can be said."),))
+    findings = tuple(finding for rule in rules for finding in rule(history))
+    alarm = next((finding.kind for finding in findings if finding.kind in ALARMS), None)
+    return Verdict(_HEADLINES[alarm] if alarm else "healthy", findings)
+
+
+def collapses(history: History) -> list[HeadCollapse]:
+    """Every collapse of the run, in order of the step at which it was called."""
+    events = [event for event in history.events if event.get("head") is not None]
+    found = []
+    for index, event in enumerate(events):
+        if event["kind"] != "collapsed":
+            continue
+        cell = (event["layer"], event["head"])
+        back = next(
+            (
+                later["step"]
+                for later in events[index + 1 :]
+                if later["kind"] == "recovered" and (later["layer"], later["head"]) == cell
+            ),
+            None,
+        )
+        name = event.get("layer_name") or f"layer {cell[0]}"
+        found.append(HeadCollapse(*cell, name, event["step"], event.get("since_step", event["step"]), back))
+    return found
+
+
+def effective_heads(shares: np.ndarray) -> np.ndarray:
+    """How many heads a layer really uses: the exponential of the entropy of its shares.
+
+    Args:
+        shares: ``(..., layers, heads)``, sum 1 over heads, NaN for heads that do not exist.
+
+    Returns:
+        ``(..., layers)``: between 1 and the number of heads; NaN without data.
+    """
+    safe = np.where(np.isfinite(shares) & (shares > 0), shares, 1.0)
+    found = np.exp(-(safe * np.log(safe)).sum(axis=-1))
+    return np.where(np.isfinite(shares).any(axis=-1), found, np.nan)
+
+
+def drift_from_first(history: History) -> np.ndarray:
+    """Median rank correlation with the first maps over the images, ``(probes,)``; NaN without maps."""
+    return np.array([_median(_drift(record, "rank_correlation_first")) for record in history.records])
+
+
+def ends(history: History) -> tuple[dict[str, Any], dict[str, Any]]:
+    """First and last record that has importance."""
+    good = [record for record in history.records if record.get("importance")]
+    return good[0], good[-1]
+
+
+def _drift(record: Mapping[str, Any], key: str) -> list[float | None]:
+    return (record.get("drift") or {}).get(key) or []
+
+
+def _median(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if known else float("nan")
+
+
+def _standing(history: History, begins: str, stops: str) -> list[dict[str, Any]]:
+    standing: dict[tuple[Any, Any], dict[str, Any]] = {}
+    for event in history.events:
+        cell = (event.get("layer"), event.get("head"))
+        if event["kind"] == begins:
+            standing[cell] = event
+        elif event["kind"] == stops:
+            standing.pop(cell, None)
+    return list(standing.values())
+
+
+def _nonfinite(history: History) -> list[Finding]:
+    steps = [event["step"] for event in history.events if event["kind"] == "nonfinite"]
+    if not steps:
+        return []
+    times = "once" if len(steps) == 1 else f"at {len(steps)} probes"
+    return [Finding("nonfinite", f"Importance was not finite {times}, first at step {steps[0]}.")]
+
+
+def _diverged(history: History) -> list[Finding]:
+    name = loss_name(history)
+    if name is None:
+        return []
+    logged = [(r["step"], r["metrics"][name]) for r in history.records if name in (r.get("metrics") or {})]
+    broken = next((step for step, value in logged if value is None), None)
+    if broken is not None:
+        return [Finding("diverged", f"{name} was not finite at step {broken}.")]
+    values = np.array([value for _, value in logged], dtype=np.float64)
+    if len(values) < 4:
+        return []
+    low, last = values.min(), float(np.median(values[-3:]))
+    if last > LOSS_FACTOR * low and last - low > 0.5 * (values[0] - low) and last - low > 0.1:
+        step = logged[int(values.argmin())][0]
+        return [Finding("diverged", f"{name} rose from {low:.3g} at step {step} to {last:.3g} at the end.")]
+    return []
+
+
+def _collapse(history: History) -> list[Finding]:
+    left = [item for item in collapses(history) if item.recovered_step is None]
+    if not left:
+        return []
+    latest = {(item.layer, item.head): item for item in left}
+    places = [f"{item.layer_name} head {item.head} (step {item.step})" for item in latest.values()]
+    shown = ", ".join(places[:6]) + (f" and {len(places) - 6} more" if len(places) > 6 else "")
+    count = "1 head is" if len(places) == 1 else f"{len(places)} heads are"
+    return [Finding("collapse", f"{count} still collapsed at the end: {shown}.")]
+
+
+def _vanishing(history: History) -> list[Finding]:
+    return [
+        Finding("layer_vanishing", f"{event['layer_name']} lost its gradient at step {event['step']}.")
+        for event in _standing(history, "layer_vanishing", "layer_restored")
+    ]
+
+
+def _nothing_learned(history: History) -> list[Finding]:
+    accuracy, loss = accuracy_name(history), loss_name(history)
+    texts = []
+    if accuracy is not None:
+        values = _known(history, accuracy)
+        if len(values) < 3 or values.max() - values[0] >= ACCURACY_GAIN or values.max() >= 0.9:
+            return []
+        texts.append(f"{accuracy} began at {values[0]:.3f} and never passed {values.max():.3f}")
+    if loss is not None:
+        values = _known(history, loss)
+        if len(values) < 3 or values.min() < (1 - LOSS_FALL) * values[0]:
+            return []
+        texts.append(f"{loss} began at {values[0]:.3g} and never fell below {values.min():.3g}")
+    return [Finding("nothing_learned", "; ".join(texts) + ".")] if texts else []
+
+
+def _known(history: History, name: str) -> np.ndarray:
+    values = history.metric(name)
+    return values[np.isfinite(values)]
+
+
+def _dominance(history: History) -> list[Finding]:
+    return [
+        Finding("dominance", f"{event['layer_name']} head {event['head']} holds most of its layer.")
+        for event in _standing(history, "dominance", "dominance_end")
+    ]
+
+
+def _failed(history: History) -> list[Finding]:
+    failed = [record for record in history.records if record.get("error")]
+    if not failed:
+        return []
+    text = f"{len(failed)} of {len(history.records)} probes failed, first at step {failed[0]['step']}"
+    return [Finding("failed_probes", f"{text}: {failed[0]['error']}")]
+
+
+def _moved(history: History) -> list[Finding]:
+    values = drift_from_first(history)
+    known = values[np.isfinite(values)]
+    if len(known) < 2 or known[-1] >= DRIFT_LIMIT:
+        return []
+    text = "Explanations drifted away from the first probe: median rank correlation"
+    return [Finding("drift", f"{text} {known[-1]:.2f} at the end.")]
+
+
+def _harmless(history: History) -> list[Finding]:
+    found = []
+    recovered = [item for item in collapses(history) if item.recovered_step is not None]
+    if recovered:
+        found.append(Finding("recovered", f"{len(recovered)} collapses were followed by recovery."))
+    dormant = _standing(history, "dormant", "woke")
+    if dormant:
+        found.append(Finding("dormant", f"{len(dormant)} heads never came alive."))
+    if _standing(history, "global_shrink", "global_restored"):
+        text = "Gradients shrank in all layers alike, as they do in a confident model or at a decayed rate."
+        found.append(Finding("global_shrink", text))
+    return found
