@@ -135,11 +135,16 @@ class _Door:
             # A checkpointed layer recomputes: same kernel, same graph, nothing recorded twice.
             output = self.last.compute()
             return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_()
-        self.inside = True
-        try:
+        with self._unwatched():
             return self.handle(self.last)
+
+    @contextmanager
+    def _unwatched(self) -> Iterator[None]:
+        before, self.inside = self.inside, True
+        try:
+            yield
         finally:
-            self.inside = False
+            self.inside = before
 
     def _passage(self, *args: Any, **kwargs: Any) -> Passage:
         bound = _SIGNATURE.bind(*args, **kwargs)
@@ -168,10 +173,10 @@ class _Door:
         wanted, given["need_weights"] = given["need_weights"], False
         batched = given["query"].ndim == 3
         output, _ = _MULTI_HEAD(*bound.args, **bound.kwargs)
-        passage, self.last = self.last, None
-        if not wanted or passage is None:
+        if not wanted or self.last is None:
             return output, None
-        with torch.no_grad():
+        passage, self.last = self.last, None
+        with torch.no_grad(), self._unwatched():
             weights = softmax_map(passage.q, passage.k, passage.mask, passage.scale, passage.causal)
             weights = weights.mean(1) if given["average_attn_weights"] else weights
             weights = weights.to(passage.q.dtype)

@@ -203,7 +203,7 @@ def _measure(classifier: nn.Module, inputs: dict[str, Any], targets: Tensor | No
                 f"targets name class {int(goals.max())}, but the model has {logits.shape[1]} classes"
             )
         score = logits.gather(1, goals[:, None]).sum()
-        start = _readout(classifier, inputs, found, score, image)
+        start = _readout(found, score, image)
         edges: Any = [call.edge for call in found.calls]
         grads = check_reached(found.calls, torch.autograd.grad(score, edges, allow_unused=True))
     if not is_pool(found.calls[-1]):
@@ -221,9 +221,7 @@ def _forward(classifier: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Ten
     return logits_of(forward(classifier, {**inputs, key: image})), image
 
 
-def _readout(
-    classifier: nn.Module, inputs: dict[str, Any], found: Recording, score: Tensor, image: Tensor | None
-) -> Tensor:
+def _readout(found: Recording, score: Tensor, image: Tensor | None) -> Tensor:
     """The row of tokens that the classifier reads, `(batch, tokens)`; NaN for an image without finite logits."""
     read = last_tokens(found, score, image)
     last = found.calls[-1]
@@ -232,7 +230,7 @@ def _readout(
     grad = _token_grad(score, read, last)
     finite = grad.isfinite().flatten(1).all(-1)
     if (grad.flatten(1).abs().amax(-1).eq(0) & finite).any():
-        grad = torch.where(finite[:, None, None], _grad_before_head(classifier, inputs), torch.nan)
+        grad = torch.where(finite[:, None, None], _grad_before_head(found, image), torch.nan)
     rows = readout_rows(grad.masked_fill(~finite[:, None, None], 1.0))
     if (rows > 0).float().mean() > 0.5:
         _check_last_block(found, read)
@@ -266,16 +264,14 @@ def _last_depth(calls: list[AttentionCall], grads: list[Tensor]) -> tuple[list[A
     return calls[-count:], grads[-count:]
 
 
-def _grad_before_head(classifier: nn.Module, inputs: dict[str, Any]) -> Tensor:
+def _grad_before_head(found: Recording, image: Tensor | None) -> Tensor:
     """Gradient at the tokens of a fixed function of the classifier's input, for a head whose weights are 0."""
-    with recording(classifier) as found:
-        _, image = _forward(classifier, inputs)
-        pooled = found.trace.pooled
-        if pooled is not None and pooled.requires_grad:
-            score = (pooled * direction(pooled)).sum()
-            grad = _token_grad(score, last_tokens(found, score, image), found.calls[-1])
-            if grad.flatten(1).abs().amax(-1).gt(0).all():
-                return grad
+    pooled = found.trace.pooled
+    if pooled is not None and pooled.requires_grad:
+        score = (pooled * direction(pooled)).sum()
+        grad = _token_grad(score, last_tokens(found, score, image), found.calls[-1])
+        if grad.flatten(1).abs().amax(-1).gt(0).all():
+            return grad
     raise UnsupportedModelError(
         "the logits do not depend on the tokens at all (a head initialised to zero?), and no linear layer on "
         "pooled features was seen that would tell which tokens are read."

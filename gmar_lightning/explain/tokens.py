@@ -91,7 +91,7 @@ def _grids_from_patch_size(model: nn.Module, size: tuple[int, int]) -> Iterator[
         patch = getattr(module, "patch_size", None)
         patch = (patch, patch) if isinstance(patch, int) else patch
         sides = list(patch) if isinstance(patch, (tuple, list)) else []
-        if len(sides) == 2 and all(isinstance(side, int) and 0 < side for side in sides):
+        if len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides):
             yield size[0] // sides[0], size[1] // sides[1]
 
 
@@ -157,13 +157,13 @@ def last_tokens(found: Recording, score: Tensor, image: Tensor | None) -> Tensor
         UnsupportedModelError: When the score reads anything beside them.
     """
     last, first = found.calls[-1], found.calls[0]
-    if score.grad_fn is None:
+    sources = {image.grad_fn} if image is not None and image.grad_fn is not None else set()
+    sources |= {first.edge.node} if first.edge is not None else set()
+    if score.grad_fn is None or not reaches([score.grad_fn], sources):
         raise UnsupportedModelError(
             "the logits carry no gradient back to the attention layers: the model's forward detaches its features "
             "or runs under torch.no_grad(). Freeze with requires_grad_(False) instead."
         )
-    sources = {tensor.grad_fn for tensor in (image,) if tensor is not None and tensor.grad_fn is not None}
-    sources |= {first.edge.node} if first.edge is not None else set()
     for tokens in reversed(found.trace.tokens.leaving):
         if tokens.grad_fn is not None and not reaches([score.grad_fn], sources, barrier=tokens.grad_fn):
             return tokens
