@@ -8,6 +8,7 @@ the materialised reference, whose readout comes from timm's own attributes, not 
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import functools
 import inspect
@@ -152,17 +153,25 @@ def _described(value: Any) -> str:
     return value.__name__ if inspect.isclass(value) or inspect.isfunction(value) else repr(value)
 
 
-def build(model: Listed) -> nn.Module:
-    """Build a listed model with its small options and weights that are nowhere zero."""
+def construct(model: Listed, options: dict[str, Any]) -> nn.Module:
+    """Build a listed model with other options than its own."""
 
-    def small(cls: Any, variant: str, pretrained: bool, *args: Any, **options: Any) -> Any:
-        if not options.get("features_only"):
-            options |= model.options
-        return _build(cls, variant, pretrained, *args, **options)
+    def small(cls: Any, variant: str, pretrained: bool, *args: Any, **own: Any) -> Any:
+        if not own.get("features_only"):
+            own |= copy.deepcopy(options)  # some builders take their options apart
+        return _build(cls, variant, pretrained, *args, **own)
 
-    torch.manual_seed(0)
     with builder(small):
-        built = timm.create_model(model.name, num_classes=CLASSES)
+        return timm.create_model(model.name, num_classes=CLASSES)
+
+
+def build(model: Listed) -> nn.Module:
+    """Build a listed model with its small options, or its own if those do not fit, and no weight at zero."""
+    torch.manual_seed(0)
+    try:
+        built = construct(model, model.options)
+    except Exception:
+        built = construct(model, {})
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -233,7 +242,7 @@ def examine(model: Listed) -> tuple[str, str]:
     """Build, run and judge one model."""
     try:
         with torch.device("meta"):
-            size = sum(p.numel() for p in _meta(model).parameters())
+            size = sum(p.numel() for p in construct(model, model.options).parameters())
     except Exception:
         size = 0  # no meta construction: find out by building
     if size > LARGEST:
@@ -255,27 +264,25 @@ def examine(model: Listed) -> tuple[str, str]:
     return outcome
 
 
-def _meta(model: Listed) -> nn.Module:
-    def small(cls: Any, variant: str, pretrained: bool, *args: Any, **options: Any) -> Any:
-        return _build(cls, variant, pretrained, *args, **(options | model.options))
-
-    with builder(small):
-        return timm.create_model(model.name, num_classes=CLASSES)
-
-
 def census(words: Sequence[str] = ()) -> list[Row]:
-    """Examine every listed model."""
+    """Examine every listed model; of a class without any attention, one and those that name attention."""
     groups: dict[str, list[Listed]] = collections.defaultdict(list)
     for model in listed_models(words):
         groups[model.key].append(model)
-    rows = []
+    rows: list[Row] = []
+    convolutional: dict[tuple[str, str], Row] = {}
     for number, models in enumerate(groups.values()):
         started = time.monotonic()
         models.sort(key=lambda model: model.bulk)
+        if models[0].family in convolutional and "attn" not in models[0].key:
+            convolutional[models[0].family].names += [model.name for model in models]
+            continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             verdict, reason = examine(models[0])
         rows.append(Row([m.name for m in models], models[0].family, verdict, reason))
+        if reason.startswith("no attention seen") and "ran without" not in reason:
+            convolutional[models[0].family] = rows[-1]
         seconds = time.monotonic() - started
         print(
             f"[{number + 1}/{len(groups)}] {seconds:5.1f} s  {verdict:9s} {models[0].name}: {reason[:150]}",

@@ -32,9 +32,9 @@ Maps = Callable[[torch.nn.Module, Tensor, Tensor], Mapping[str, Tensor]]
 Scores = dict[str, dict[str, list[float]]]  # method -> metric -> one value per image
 
 
-def method_maps(model, images, targets):
+def method_maps(model, images, targets, methods=METHODS):
     """Heatmaps of every method, `(batch, grid_h, grid_w)` each, random and centre prior first."""
-    drawn = {name: gmar(model, images, targets, **form).heatmaps for name, form in METHODS.items()}
+    drawn = {name: gmar(model, images, targets, **form).heatmaps for name, form in methods.items()}
     shape = next(iter(drawn.values())).shape
     # The seed is the images' content, so that no image meets the same noise as another and runs repeat.
     seed = int(images.double().abs().sum() * 1000) % 2**31
@@ -50,7 +50,7 @@ def centre_prior(batch, height, width):
 
 
 def score(model, images, targets, maps, *, steps, groups, attention, masks=None):
-    """Scores of several maps of one batch: `{method: {metric: values (batch,)}}`.
+    """Scores of several maps of one batch, `{method: {metric: values (batch,)}}`; `steps` of 0: by masks alone.
 
     Pixel removal is that of the sources: insertion from blur, deletion to the mean colour, average drop
     against the mean colour, SaCo (`groups` of 0 leaves it out) to the mean colour. With `attention`,
@@ -66,10 +66,11 @@ def score(model, images, targets, maps, *, steps, groups, attention, masks=None)
         removing = other if attention else grey
         for name, drawn in maps.items():
             values = found[name]
-            values["insertion"] = probability_area(other, drawn, steps, insert=True)
-            values["deletion"] = probability_area(removing, drawn, steps, insert=False)
-            values["ins - del"] = values["insertion"] - values["deletion"]
-            if not attention:
+            if steps:
+                values["insertion"] = probability_area(other, drawn, steps, insert=True)
+                values["deletion"] = probability_area(removing, drawn, steps, insert=False)
+                values["ins - del"] = values["insertion"] - values["deletion"]
+            if steps and not attention:
                 values["avg drop"] = relative_drop(grey, drawn)
             if groups:
                 values["SaCo"] = salience_coefficient(removing, drawn, groups)
@@ -91,6 +92,8 @@ def standard_error(values):
     """Mean and standard error over images, NaN left out."""
     known = np.asarray(values, float)
     known = known[np.isfinite(known)]
+    if len(known) < 2:
+        return math.nan, math.nan
     return known.mean(), known.std(ddof=1) / math.sqrt(len(known))
 
 
