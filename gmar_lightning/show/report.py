@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import math
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -82,20 +83,32 @@ def run_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _fitted(history: History, name: str, limit: int) -> dict[str, Any]:
+    """The run's data with as many probes, evenly chosen, as `limit` characters hold."""
     total = len(history.records)
-    keep = total
-    while True:
-        chosen = np.unique(np.linspace(0, total - 1, keep).round().astype(int)) if total else []
-        run = _run_data(history, name, [int(index) for index in chosen])
-        size = len(_embedded(run))
-        if size <= limit or keep <= 2:
-            return run
-        fixed = size - len(_embedded(run["probes"]))
-        per_probe = (size - fixed) / keep
-        keep = max(2, min(keep - 1, int((limit - fixed) / per_probe * 0.98)))
+    made: dict[int, dict[str, Any]] = {}
+    run = _run_data(history, name)
+
+    def with_probes(count: int) -> tuple[dict[str, Any], int]:
+        chosen = np.unique(np.linspace(0, total - 1, count).round().astype(int)).tolist() if total else []
+        for index in chosen:
+            made.setdefault(index, _probe_data(history, index))
+        full = {**run, "probes": [made[index] for index in chosen]}
+        return full, len(_embedded(full))
+
+    fixed = len(_embedded(run))
+    # a few probes tell the size of all: a long record is not read to the end only to be left out
+    keep = min(total, 5)
+    full, size = with_probes(keep)
+    if keep:
+        keep = max(2, min(total, int((limit - fixed) / ((size - fixed) / keep))))
+        full, size = with_probes(keep)
+    while size > limit and keep > 2:
+        keep = max(2, min(keep - 1, int(keep * (limit - fixed) / (size - fixed))))
+        full, size = with_probes(keep)
+    return full
 
 
-def _run_data(history: History, name: str, chosen: Sequence[int]) -> dict[str, Any]:
+def _run_data(history: History, name: str) -> dict[str, Any]:
     verdict = judge(history)
     segments = [segment["segment"] for segment in history.run["segments"]]
     return {
@@ -120,7 +133,6 @@ def _run_data(history: History, name: str, chosen: Sequence[int]) -> dict[str, A
             ],
         },
         "events": history.events,
-        "probes": [_probe_data(history, index) for index in chosen],
     }
 
 
@@ -155,7 +167,7 @@ def _probe_data(history: History, index: int) -> dict[str, Any]:
 
 def _distance_top(history: History) -> float:
     # no two patches are further apart than the corners of the grid
-    return float(np.hypot(*(history.run.get("grid") or (1, 1))))
+    return math.hypot(*(history.run.get("grid") or (1, 1)))
 
 
 def _maps(history: History, record: dict[str, Any]) -> dict[str, Any] | None:

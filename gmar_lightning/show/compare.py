@@ -1,0 +1,159 @@
+"""Runs side by side for the terminal, and the command ``report``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gmar_lightning.monitor.history import History
+from gmar_lightning.show.grids import short_names
+from gmar_lightning.show.metric_names import accuracy_name, loss_name
+from gmar_lightning.show.report import run_names, write_report
+from gmar_lightning.show.verdict import FINDINGS, collapses, drift_from_first, effective_heads, ends, judge
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``python -m gmar_lightning report``."""
+    parser.add_argument(
+        "dirs", nargs="+", type=Path, metavar="DIR", help="folder of a record, or of a run with a gmar folder"
+    )
+    parser.add_argument("-o", "--out", type=Path, help="the file; default: report.html in the first folder")
+    parser.add_argument(
+        "--fail-on",
+        action="append",
+        default=[],
+        choices=FINDINGS,
+        metavar="KIND",
+        help=f"exit with 1 if a run has this finding (repeatable): {', '.join(FINDINGS)}",
+    )
+
+
+def report_command(arguments: argparse.Namespace) -> int:
+    """Print the verdicts and the comparison, and write the report.
+
+    Args:
+        arguments: as parsed with `add_arguments`.
+
+    Returns:
+        Exit code: 0, or 1 when a run has a finding named by ``--fail-on``, or 2 when a folder holds no
+        usable record or the report cannot be written.
+    """
+    folders = [_record_folder(folder) for folder in arguments.dirs]
+    try:
+        histories = [History.load(folder) for folder in folders]
+        path = write_report(folders, arguments.out)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(compare(histories, run_names(folders)))
+    print(f"\nReport: {path}")
+    failed = any(judge(history).has(kind) for history in histories for kind in arguments.fail_on)
+    return 1 if failed else 0
+
+
+def compare(histories: Sequence[History], names: Sequence[str] | None = None) -> str:
+    """Verdicts, key numbers, collapses and layers of the runs, as text.
+
+    Args:
+        histories: the runs.
+        names: what to call them; by default the endings of their folders.
+
+    Returns:
+        Several lines: a verdict per run, then tables with a column per run.
+    """
+    names = list(names) if names is not None else run_names([history.dir for history in histories])
+    parts = ["\n".join(_verdict_lines(h, n)) for h, n in zip(histories, names, strict=True)]
+    good = [any(record.get("importance") for record in history.records) for history in histories]
+    seen = [(h, n) for h, n, usable in zip(histories, names, good, strict=True) if usable]
+    if seen:
+        columns = [name for _, name in seen]
+        parts.append(_table(["", *columns], _number_rows([h for h, _ in seen])))
+        parts.append(_table(["collapsed heads", *columns], _collapse_rows([h for h, _ in seen])))
+        if len({tuple(h.layers) for h, _ in seen}) == 1:
+            title = "layer: effective heads, first -> last; raw importance, last / first"
+            parts.append(title + "\n" + _table(["layer", *columns], _layer_rows([h for h, _ in seen])))
+    return "\n\n".join(part for part in parts if part)
+
+
+def layer_change(history: History) -> np.ndarray:
+    """Raw importance of each layer at the last probe, as a multiple of that at the first, ``(layers,)``."""
+    first, last = (np.nansum(history.table(record, "importance"), axis=1) for record in ends(history))
+    return np.divide(last, first, out=np.full_like(last, np.nan), where=first > 0)
+
+
+def _record_folder(folder: Path) -> Path:
+    inner = folder / "gmar"
+    return inner if not (folder / "run.json").exists() and (inner / "run.json").exists() else folder
+
+
+def _verdict_lines(history: History, name: str) -> list[str]:
+    verdict = judge(history)
+    return [f"{name}: {verdict.headline}", *(f"  - {finding.text}" for finding in verdict.findings)]
+
+
+def _number_rows(histories: Sequence[History]) -> list[list[str]]:
+    rows = {
+        "probes": [str(len(h.records)) for h in histories],
+        "last step": [str(h.records[-1]["step"]) for h in histories],
+        "accuracy": [_course(h, accuracy_name(h)) for h in histories],
+        "loss": [_course(h, loss_name(h)) for h in histories],
+        "effective heads": [_effective(h) for h in histories],
+        "likeness to first maps": [_last_drift(h) for h in histories],
+        "collapsed, standing": [
+            str(sum(item.recovered_step is None for item in collapses(h))) for h in histories
+        ],
+        "collapsed, ever": [str(len({(c.layer, c.head) for c in collapses(h)})) for h in histories],
+    }
+    return [[label, *cells] for label, cells in rows.items() if any(cell != "-" for cell in cells)]
+
+
+def _collapse_rows(histories: Sequence[History]) -> list[list[str]]:
+    found = [{(c.layer, c.head): c for c in collapses(history)} for history in histories]
+    rows = []
+    for layer, head in sorted({cell for cells in found for cell in cells}):
+        name = next(cells[layer, head].layer_name for cells in found if (layer, head) in cells)
+        rows.append([f"{name} head {head}"])
+        for cells in found:
+            item = cells.get((layer, head))
+            back = f", back at {item.recovered_step}" if item and item.recovered_step is not None else ""
+            rows[-1].append(f"step {item.step} (since {item.since_step}){back}" if item else "-")
+    return rows
+
+
+def _layer_rows(histories: Sequence[History]) -> list[list[str]]:
+    rows = [[name] for name in short_names(histories[0].layers)]
+    for history in histories:
+        before, after = (effective_heads(history.table(record, "shares")) for record in ends(history))
+        for row, first, last, factor in zip(rows, before, after, layer_change(history), strict=True):
+            row.append(f"{first:.1f} -> {last:.1f}; x{factor:.2g}")
+    return rows
+
+
+def _course(history: History, name: str | None) -> str:
+    values = history.metric(name) if name else np.array([])
+    values = values[np.isfinite(values)]
+    return f"{values[0]:.3g} -> {values[-1]:.3g}" if values.size else "-"
+
+
+def _effective(history: History) -> str:
+    first, last = (np.nanmean(effective_heads(history.table(r, "shares"))) for r in ends(history))
+    return f"{first:.1f} -> {last:.1f}"
+
+
+def _last_drift(history: History) -> str:
+    values = drift_from_first(history)
+    values = values[np.isfinite(values)]
+    return f"{values[-1]:.2f}" if values.size else "-"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    title = "  ".join(cell.ljust(width) for cell, width in zip(header, widths, strict=True)).rstrip()
+    return "\n".join([title, "-" * len(title), *lines])
