@@ -60,6 +60,11 @@ class AttentionCall:
     detached: bool = False
     edge: GradientEdge | None = None
 
+    @property
+    def is_pool(self) -> bool:
+        """Whether one query gathers all tokens: an attention pool, whose own row is where a rollout starts."""
+        return self.q.ndim == 4 and self.q.shape[-2] == 1 < self.k.shape[-2]
+
     def per_head(self, which: Literal["k", "v"]) -> Tensor:
         """Keys or values with one entry per query head, `(batch, heads, keys, dim)`, in at least float32."""
         return at_least_float32(one_per_head(getattr(self, which), self.q.shape[1]))
@@ -75,6 +80,15 @@ class Recording:
 
     calls: list[AttentionCall] = field(default_factory=list)
     trace: ModuleTrace = field(default_factory=ModuleTrace)
+
+    def forget_unread_pool(self, logits: Tensor) -> None:
+        """Drop a final attention pool that ran, but whose result the logits do not use."""
+        if len(self.calls) < 2 or not self.calls[-1].is_pool or logits.grad_fn is None:
+            return
+        edge = self.calls[-1].edge
+        if edge is not None and not reaches([logits.grad_fn], {edge.node}):
+            self.calls.pop()
+            self.trace.tokens.leaving = self.trace.tokens.before_pool
 
 
 @contextmanager

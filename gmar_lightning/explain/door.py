@@ -20,10 +20,15 @@ from gmar_lightning.explain.adapters import attention_through_sdpa
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.trace import ModuleTrace, in_backward
 
-__all__ = ["Passage", "attention_door", "softmax_map"]
+__all__ = ["USES_WEIGHTS", "Passage", "attention_door", "softmax_map"]
 
 _FUSED = F.scaled_dot_product_attention
 _SOFTMAX = frozenset({F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax})
+
+USES_WEIGHTS = (
+    "the logits depend on attention weights returned by nn.MultiheadAttention(need_weights=True), not only on its "
+    "output: the gradient of the attention map cannot be read off the output alone."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,11 +185,13 @@ class _Door:
             weights = softmax_map(passage.q, passage.k, passage.mask, passage.scale, passage.causal)
             weights = weights.mean(1) if given["average_attn_weights"] else weights
             weights = weights.to(passage.q.dtype)
-        return output, _SideBranch.apply(weights if batched else weights[0], output)
+        handed = _SideBranch.apply(weights if batched else weights[0], output)
+        self.trace.handed_out.add(handed.grad_fn)
+        return output, handed
 
 
 class _SideBranch(torch.autograd.Function):
-    """Attention weights handed to the model: fine to look at, refused when the logits depend on them."""
+    """Attention weights handed to the model: fine to look at, a way past the output if the logits use them."""
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, anchor: Tensor) -> Tensor:
@@ -192,10 +199,7 @@ class _SideBranch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        raise UnsupportedModelError(
-            "the logits depend on attention weights returned by nn.MultiheadAttention(need_weights=True), not "
-            "only on its output: the gradient of the attention map cannot be read off the output alone."
-        )
+        raise UnsupportedModelError(USES_WEIGHTS)
 
 
 class _Watch(TorchFunctionMode):

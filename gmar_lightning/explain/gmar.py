@@ -27,7 +27,7 @@ from gmar_lightning.explain.inputs import (
     padding_of,
 )
 from gmar_lightning.explain.isolation import undisturbed
-from gmar_lightning.explain.refusals import check_plain_attention, check_reached, is_pool
+from gmar_lightning.explain.refusals import check_plain_attention, check_reached
 from gmar_lightning.explain.rollout import Rollout, roll_out, to_grid
 from gmar_lightning.explain.tokens import (
     TokenLayout,
@@ -167,7 +167,7 @@ def _explain(
         for score in scores
     ]
     steps, start = list(zip(calls, weights, seen.grads, strict=True)), seen.start
-    if is_pool(calls[-1]):
+    if calls[-1].is_pool:
         # The pool's own head-weighted row is where the rollout over the token layers starts.
         pool, pool_weights, _ = steps.pop()
         start = (pool_weights[:, :, None] * pool.attention()[:, :, 0]).sum(1)
@@ -191,6 +191,7 @@ def _measure(classifier: nn.Module, inputs: dict[str, Any], targets: Tensor | No
     with recording(classifier) as found:
         logits, image = _forward(classifier, inputs)
         batch = len(logits)
+        found.forget_unread_pool(logits)
         check_plain_attention(found, batch)
         tokens = found.calls[0].k.shape[-2]
         if batch == tokens > 1:
@@ -206,7 +207,7 @@ def _measure(classifier: nn.Module, inputs: dict[str, Any], targets: Tensor | No
         start = _readout(found, score, image)
         edges: Any = [call.edge for call in found.calls]
         grads = check_reached(found.calls, torch.autograd.grad(score, edges, allow_unused=True))
-    if not is_pool(found.calls[-1]):
+    if not found.calls[-1].is_pool:
         check_rows_apart(*_last_depth(found.calls, grads), start)
     return _Measured(found.calls, grads, start, layout, padding, logits.detach(), goals)
 
@@ -225,7 +226,7 @@ def _readout(found: Recording, score: Tensor, image: Tensor | None) -> Tensor:
     """The row of tokens that the classifier reads, `(batch, tokens)`; NaN for an image without finite logits."""
     read = last_tokens(found, score, image)
     last = found.calls[-1]
-    if is_pool(last):
+    if last.is_pool:
         return last.q.new_ones(len(last.q), 1)
     grad = _token_grad(score, read, last)
     finite = grad.isfinite().flatten(1).all(-1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from gmar_lightning.explain.attention import AttentionCall, Recording
 from gmar_lightning.explain.errors import UnsupportedModelError
 
-__all__ = ["check_plain_attention", "check_reached", "is_pool"]
+__all__ = ["check_plain_attention", "check_reached"]
 
 
 def check_plain_attention(found: Recording, batch: int) -> None:
@@ -67,11 +67,6 @@ def check_reached(calls: Sequence[AttentionCall], grads: Sequence[Tensor | None]
     return [grad for grad in grads if grad is not None]
 
 
-def is_pool(call: AttentionCall) -> bool:
-    """Whether one query gathers all tokens: an attention pool, whose own row is where a rollout starts."""
-    return call.q.shape[-2] == 1 != call.k.shape[-2]
-
-
 def _check_shape(call: AttentionCall, batch: int) -> None:
     if call.q.ndim != 4 or call.q.shape[0] != batch:
         raise UnsupportedModelError(
@@ -107,7 +102,7 @@ def _check_sequence(calls: list[AttentionCall]) -> None:
     tokens = calls[0].k.shape[-2]
     for layer, call in enumerate(calls):
         queries, keys = call.q.shape[-2], call.k.shape[-2]
-        final_pool = call is calls[-1] and layer > 0 and is_pool(call)
+        final_pool = call is calls[-1] and layer > 0 and call.is_pool
         if queries != keys and not final_pool:
             raise UnsupportedModelError(
                 f"{_named(call)} attends from {queries} queries to {keys} keys at layer {layer}: class "

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmar_lightning.explain.attention import AttentionCall, Recording, reaches
+from gmar_lightning.explain.door import USES_WEIGHTS
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.trace import as_tokens
 
@@ -164,6 +165,8 @@ def last_tokens(found: Recording, score: Tensor, image: Tensor | None) -> Tensor
             "the logits carry no gradient back to the attention layers: the model's forward detaches its features "
             "or runs under torch.no_grad(). Freeze with requires_grad_(False) instead."
         )
+    if reaches([score.grad_fn], found.trace.handed_out - {None}):
+        raise UnsupportedModelError(USES_WEIGHTS)
     for tokens in reversed(found.trace.tokens.leaving):
         if tokens.grad_fn is not None and not reaches([score.grad_fn], sources, barrier=tokens.grad_fn):
             return tokens

@@ -44,11 +44,13 @@ class TokenTrail:
     Attributes:
         entering: Candidates for the tokens that entered the first attention, latest first.
         leaving: Token tensors after the last attention, in order.
+        before_pool: The same before an attention call that gathered the tokens into one, if the last one did.
     """
 
     def __init__(self) -> None:
         self.entering: list[Tensor] = []
         self.leaving: list[Tensor] = []
+        self.before_pool: list[Tensor] = []
         self._sizes: tuple[int, int] | None = None
 
     def note(self, tensor: Tensor) -> None:
@@ -69,7 +71,8 @@ class TokenTrail:
             narrowest = min((t.shape[-1] for t in fitting), default=0)
             self.entering = [t for t in reversed(fitting) if t.shape[-1] == narrowest]
         self._sizes = batch, queries
-        self.leaving.clear()
+        self.before_pool = self.leaving if queries == 1 < keys else []
+        self.leaving = []
 
 
 def as_tokens(tensor: Tensor, batch: int, tokens: int) -> Tensor | None:
@@ -92,6 +95,7 @@ class ModuleTrace:
         mixers: What mixed tokens outside the attention, after the first attention.
         softmaxes: Modules that compute attention-like softmaxes by hand.
         silent: Modules named as attention that ran without passing the door.
+        handed_out: Graph nodes of attention weights that modules returned beside their output.
         tokens: The token tensors on the way.
         pooled: What the last linear layer on `(batch, features)` read: the classifier's input.
     """
@@ -101,6 +105,7 @@ class ModuleTrace:
         self.mixers: list[str] = []
         self.softmaxes: list[str] = []
         self.silent: list[str] = []
+        self.handed_out: set[Any] = set()
         self.tokens = TokenTrail()
         self.pooled: Tensor | None = None
         self._names: dict[nn.Module, str] = {}
