@@ -123,6 +123,11 @@ def test_failed_probes_and_runs_without_any(tmp_path):
     assert compare([History.load(tmp_path / "all")]).startswith("all: no probe")
 
 
+def test_a_few_probes_are_too_few_to_call_a_run_healthy(tmp_path):
+    assert judge(still(tmp_path / "5", probes=5)).headline == "too early to say"
+    assert judge(still(tmp_path / "6", probes=6)).headline == "healthy"
+
+
 def test_effective_heads_by_hand():
     shares = np.array([[0.25] * 4, [1.0, 0, 0, 0], [0.5, 0.5, np.nan, np.nan], [np.nan] * 4])
     np.testing.assert_allclose(effective_heads(shares), [4.0, 1.0, 2.0, np.nan])

@@ -154,6 +154,7 @@ def _probe_data(history: History, index: int) -> dict[str, Any]:
         "flagged": record.get("flagged") or [],
         "predictions": (record.get("predictions") or [])[:count],
         "probabilities": [_short(p) for p in (record.get("probabilities") or [])[:count]],
+        "previous": _short(_median((record.get("drift") or {}).get("rank_correlation_previous"))),
         "correlation": [_short(v) for v in (record.get("drift") or {}).get("rank_correlation_first") or []],
         "overlap": [_short(v) for v in (record.get("drift") or {}).get("top20_overlap_first") or []],
         "maps": _maps(history, record),
@@ -218,6 +219,11 @@ def _quantised(values: np.ndarray, top: float, missing: int) -> np.ndarray:
     finite = np.isfinite(values)
     scaled = np.clip(np.where(finite, values, 0.0) / top, 0, 1) * (missing - 1)
     return np.where(finite, scaled.round(), missing)
+
+
+def _median(values: Sequence[float | None] | None) -> float | None:
+    known = [value for value in values or () if value is not None]
+    return float(np.median(known)) if known else None
 
 
 def _short(value: float | None) -> float | None:

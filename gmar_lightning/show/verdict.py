@@ -10,12 +10,23 @@ from gmar_lightning.monitor.history import History
 from gmar_lightning.show.metric_names import accuracy_name, loss_name
 
 ALARMS = ("nonfinite", "diverged", "collapse", "layer_vanishing", "nothing_learned")
-FINDINGS = (*ALARMS, "dominance", "failed_probes", "drift", "recovered", "dormant", "global_shrink")
+FINDINGS = (
+    *ALARMS,
+    "too_early",
+    "dominance",
+    "failed_probes",
+    "drift",
+    "recovered",
+    "dormant",
+    "global_shrink",
+)
 
 # a loss counts as diverged above this multiple of its lowest value, once half the way back to the start
 LOSS_FACTOR = 2.0
 # less than this gain in accuracy, and less than this fall of the loss, is nothing learned
 ACCURACY_GAIN, LOSS_FALL = 0.02, 0.05
+# the detector warms up for 5 probes: with fewer, silence means nothing
+LEAST_PROBES = 6
 # explanations have drifted away when their patches' order has lost most of its likeness to the first probe
 DRIFT_LIMIT = 0.3
 
@@ -25,6 +36,7 @@ _HEADLINES = {
     "collapse": "heads collapsed",
     "layer_vanishing": "layer vanished",
     "nothing_learned": "nothing learned",
+    "too_early": "too early to say",
 }
 
 
@@ -72,17 +84,19 @@ def judge(history: History) -> Verdict:
     (the loss ended above twice its lowest value and more than half the way back to where it began, or was
     not finite), ``collapse`` (heads still collapsed at the end), ``layer_vanishing`` (a layer still without
     gradient at the end), ``nothing_learned`` (accuracy gained less than 2 points and the loss fell less than
-    5 %). Reported without alarm: dominance at the end, failed probes, drift (median rank correlation with
-    the first maps below 0.3), heads that recovered, dormant heads, gradients that shrank everywhere.
+    5 %). With fewer than 6 good probes and no alarm, it is ``too early to say``. Reported without alarm:
+    dominance at the end, failed probes, drift (median rank correlation with the first maps below 0.3),
+    heads that recovered, dormant heads, gradients that shrank everywhere.
     """
     rules = (
-        _nonfinite, _diverged, _collapse, _vanishing, _nothing_learned, _dominance, _failed, _moved, _harmless,
+        _nonfinite, _diverged, _collapse, _vanishing, _nothing_learned,
+        _too_early, _dominance, _failed, _moved, _harmless,
     )  # fmt: skip
     if not any(record.get("importance") for record in history.records):
         return Verdict("no probe", (Finding("failed_probes", "No probe succeeded, nothing can be said."),))
     findings = tuple(finding for rule in rules for finding in rule(history))
-    alarm = next((finding.kind for finding in findings if finding.kind in ALARMS), None)
-    return Verdict(_HEADLINES[alarm] if alarm else "healthy", findings)
+    first = next((finding.kind for finding in findings if finding.kind in _HEADLINES), None)
+    return Verdict(_HEADLINES[first] if first else "healthy", findings)
 
 
 def collapses(history: History) -> list[HeadCollapse]:
@@ -209,6 +223,14 @@ def _nothing_learned(history: History) -> list[Finding]:
             return []
         texts.append(f"{loss} began at {values[0]:.3g} and never fell below {values.min():.3g}")
     return [Finding("nothing_learned", "; ".join(texts) + ".")] if texts else []
+
+
+def _too_early(history: History) -> list[Finding]:
+    count = sum(bool(record.get("importance")) for record in history.records)
+    if count >= LEAST_PROBES:
+        return []
+    text = f"{count} of at least {LEAST_PROBES} probes: heads are judged only after a warm-up."
+    return [Finding("too_early", text)]
 
 
 def _known(history: History, name: str) -> np.ndarray:
