@@ -24,7 +24,7 @@ from gmar_lightning.monitor.events import HeadEvent, HeadState, ProbeReport, non
 from gmar_lightning.monitor.levels import lower_median, most, most_of_the_others, shares
 from gmar_lightning.monitor.streaming import HOLD, HeldPeak, Latch, restored
 
-_HABIT = 5.0  # fair shares: the strongest a head is in ordinary training
+_HABIT = 5.0  # times the median head: more than that is an explosion, and its end is no loss
 _BURST = 3.0  # times its own peak: a head that jumps this far at once has exploded
 
 
@@ -230,20 +230,25 @@ class CollapseDetector:
         events += self._judge_dominance(report)
         # The first probe is no reference: a model at initialisation is not typical of itself.
         seen = self._age > 0
-        self._raw.update(np.where(seen, raw, 0.0))
-        self._share.update(np.where(seen, share, 0.0))
+        exploded = (self._raw.value > 0) & (raw > _HABIT * self._typical(raw))
+        self._raw.update(np.where(seen, raw, 0.0), ~exploded)
+        self._share.update(np.where(seen, share, 0.0), seen)
         self._age = self._age + self._present
         return events
 
     def _rebase(self, raw: np.ndarray, share: np.ndarray) -> None:
         """What fell in the same probe in which a neighbour exploded fell because of it: not a loss of its own."""
-        known = self._raw.value > 0
-        burst = known & (raw > _BURST * self._raw.value) & (share > 0.5) & (share < 1)
+        peak, last = self._raw.value, self._raw.last
+        burst = (peak > 0) & (raw > _BURST * peak) & (raw > 2 * last) & (share > 0.5) & (share < 1)
         if not burst.any():
             return
-        last = self._raw.last
         fell = np.divide(raw, last, out=np.ones_like(raw), where=(last > 0) & ~burst)
         self._raw.value = self._raw.value * np.minimum(fell, 1.0)
+
+    def _typical(self, values: np.ndarray) -> np.ndarray:
+        """The median living head of each layer, ``(layers, 1)``."""
+        living = (self._raw.value > 0) & ~self._dormant.active
+        return lower_median(np.where(living, values, np.nan))
 
     def _kept(self, raw: np.ndarray) -> np.ndarray:
         """What each head kept of its peak; NaN where there is nothing to compare with."""
@@ -280,17 +285,14 @@ class CollapseDetector:
 
     def _judge_heads(self, report: ProbeReport, kept: np.ndarray, scale: np.ndarray) -> list[HeadEvent]:
         living = self._present & ~self._dormant.active
-        fair = lower_median(np.where(living & (self._raw.value > 0), self._raw.value, np.nan)) * scale
+        fair = self._typical(self._raw.value) * scale
         left = np.divide(report.raw, fair, out=np.ones_like(report.raw), where=fair > 0)
         lost = np.divide(kept, scale, out=np.ones_like(kept), where=np.isfinite(kept) & (scale > 0))
-        # A strong head's peak is its habit; a peak beyond that was an explosion, and its end is no loss.
-        floor = np.where(
-            self._raw.value * scale <= _HABIT * fair, np.clip(self.drop / np.maximum(lost, 1e-9), 1, 2), 1
-        )
+        floor = self.floor * np.clip(self.drop / np.maximum(lost, 1e-9), 1, 2)
         shadow = self.overshadowed * report.raw.max(axis=1, keepdims=True)
 
         def near_nothing(slack: float) -> np.ndarray:
-            small = (left < self.floor * floor * slack) | (report.raw < shadow * slack)
+            small = (left < floor * slack) | (report.raw < shadow * slack)
             return (lost < self.drop * slack) & small
 
         grown = (report.raw >= self.hysteresis * self._low) & (report.raw > 0)

@@ -63,10 +63,10 @@ class HeldPeak:
         self.before = np.zeros(shape)
         self.value = np.zeros(shape)
 
-    def update(self, values: np.ndarray) -> None:
-        """Take in one more array of ``shape``."""
+    def update(self, values: np.ndarray, counts: np.ndarray) -> None:
+        """Take in one more array of ``shape``; the peak stays where ``counts`` is False."""
         held = np.minimum(np.minimum(values, self.last), self.before)
-        self.value = np.maximum(self.value, held)
+        self.value = np.where(counts, np.maximum(self.value, held), self.value)
         self.before, self.last = self.last, values
 
     def state_dict(self) -> dict[str, Any]:
