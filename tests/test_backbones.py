@@ -65,6 +65,7 @@ TIMM = {
         {"read": "class", "parallel": 2},
     ),
     "mean with the class token": ("vit_tiny_patch16_224", {"global_pool": "avg"}, {"read": "mean"}),
+    "qwen3": ("qwen3_vit_88m", {}, {"read": "mean", "prefix": 0}),
     "clip": ("vit_base_patch16_clip_224", {}, {"read": "class"}),
     "query and key norm": ("vit_tiny_patch16_224", {"qk_norm": True}, {"read": "class"}),
 }
@@ -127,9 +128,9 @@ def test_timm_gemma():
         ("resnet10t", {"num_classes": CLASSES}, "no attention seen"),
         ("mixer_s32_224", {"num_classes": CLASSES, "img_size": 64}, "no attention seen"),
         (
-            "qwen3_vit_88m",
+            "qwen3_vit_88m_merge",
             {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": CLASSES},
-            "reading order",
+            "different weights",
         ),
     ],
 )

@@ -8,7 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gmar_lightning"
 # A room may import from itself and from what stands below it.
-BELOW = {"explain": 0, "metrics": 1, "monitor": 1, "show": 2, "arguments": 3, "callback": 4}
+BELOW = {"explain": 0, "metrics": 1, "monitor": 1, "show": 2}
+TOP = 3  # the callback and the files beside it
 
 
 def imports(path):
@@ -30,15 +31,15 @@ def test_rooms_import_downwards_only():
     seen = 0
     for path in PACKAGE.rglob("*.py"):
         room = path.relative_to(PACKAGE).with_suffix("").parts[0]
-        if room not in BELOW:
+        if room in ("__init__", "__main__", "training"):
             continue
         for module in imports(path):
             other = room_of(module)
             if other is None:
                 continue
             seen += 1
-            assert other in BELOW, f"{path} imports {module}"
-            assert other == room or BELOW[other] < BELOW[room], f"{path} imports {module}"
+            own, height = BELOW.get(room, TOP), BELOW.get(other, TOP)
+            assert other == room or height < own or height == own == TOP, f"{path} imports {module}"
     assert seen > 20
 
 
@@ -60,7 +61,7 @@ def test_engine_runs_without_trainer_logger_or_model_library():
     code = """
 import sys
 BLOCKED = {"lightning", "lightning_fabric", "pytorch_lightning", "wandb", "timm", "transformers", "torchvision",
-           "torchmetrics", "matplotlib", "sklearn", "jsonargparse"}
+           "torchmetrics", "jsonargparse"}
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in BLOCKED:

@@ -77,13 +77,14 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    kept = [(buffer, buffer._version, buffer.detach().clone()) for buffer in module.buffers()]
+    # Tensors made under inference mode count no versions, and may only be written there.
+    kept = [(b, None if b.is_inference() else b._version, b.detach().clone()) for b in module.buffers()]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, version, value in kept:
-                if buffer._version != version:
+        for buffer, version, value in kept:
+            if version is None or buffer._version != version:
+                with torch.inference_mode(version is None), torch.no_grad():
                     buffer.copy_(value)
 
 

@@ -1,0 +1,42 @@
+"""Bounds on what an explanation costs, and the census on a few names."""
+
+import pytest
+import torch
+
+from gmar_lightning import gmar
+from tests.benchmarks.census import census
+from tests.benchmarks.cost import memory, operation_row, operations
+from tests.networks import ViT, pictures, seeded
+
+
+def test_operations_on_vit_base():
+    row = operation_row("vit_base_patch16_224", 224)
+    assert row["l1"] <= 2.10
+    assert row["l2"] <= 2.08
+    assert row["reference"] > 2.0
+
+
+def test_cost_does_not_depend_on_the_batch():
+    model = seeded(ViT)
+    one = operations(lambda: gmar(model, pictures(1)))
+    assert operations(lambda: gmar(model, pictures(4))) == pytest.approx(4 * one, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_memory_at_1024_pixels():
+    ours, theirs, training = memory("l1"), memory("reference"), memory("training")
+    assert ours < theirs / 3
+    deep = memory("l1", depth=24) - ours
+    # Twelve more layers may cost their ordinary activations, which a training step holds as well.
+    assert deep < 1.3 * (memory("training", depth=24) - training)
+
+
+@pytest.mark.slow
+def test_census_of_some_families():
+    rows = census(
+        ["vit_tiny", "deit_tiny", "beit_base", "eva02_tiny", "dinov3", "vit_relpos_small", "swin_tiny"]
+    )
+    verdicts = {row.verdict for row in rows}
+    assert verdicts == {"exact", "refused"}
+    assert sum(row.verdict == "exact" for row in rows) > 10
+    assert not torch.is_inference_mode_enabled()
