@@ -84,7 +84,7 @@ def evolution_raster(
     relative = relative_shares(shares)
     if not len(relative):
         relative = np.full((1, *relative.shape[1:]), np.nan)
-    probes, depth, heads = relative.shape
+    probes, depth, heads = len(relative), relative.shape[-2], relative.shape[-1]
     real = [int(np.isfinite(relative[:, layer]).any(axis=0).sum()) or heads for layer in range(depth)]
     row_height = int(np.clip(560 // max(sum(real), 1), 2, 12))
     edges = _column_edges(probes)
