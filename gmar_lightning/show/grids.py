@@ -81,10 +81,8 @@ def evolution_raster(
     Returns:
         uint8 ``(height, width, 3)``.
     """
-    relative = relative_shares(shares)
-    if not len(relative):
-        relative = np.full((1, *relative.shape[1:]), np.nan)
-    probes, depth, heads = len(relative), relative.shape[-2], relative.shape[-1]
+    probes, depth, heads = max(len(shares), 1), shares.shape[1], shares.shape[2]
+    relative = relative_shares(shares) if len(shares) else np.full((1, depth, heads), np.nan)
     real = [int(np.isfinite(relative[:, layer]).any(axis=0).sum()) or heads for layer in range(depth)]
     row_height = int(np.clip(560 // max(sum(real), 1), 2, 12))
     edges = _column_edges(probes)
