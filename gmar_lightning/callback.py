@@ -42,7 +42,6 @@ from gmar_lightning.trainer import (
     draw_from_validation,
     log_position,
     logged_metrics,
-    needs_whole_module,
     normalisation_of,
     planned_probes,
     untouched,
@@ -216,7 +215,7 @@ class GMARCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the probe images, open or continue the record, and probe the untrained model."""
-        self._check_module(trainer, pl_module)
+        self._check_module(pl_module)
         restored, self._restored = self._restored, None
         if restored is not None or trainer.global_step == 0 or self._trainer != id(trainer):
             self._begin_run()
@@ -272,25 +271,21 @@ class GMARCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a run; takes effect when training starts."""
-        self._restored = dict(state_dict)
+        # Tuners save and restore before the first probe: nothing to continue.
+        self._restored = dict(state_dict) if state_dict["last_probe"] else None
 
     def _continue_from(self, state: Mapping[str, Any]) -> None:
         self._schedule.load_state_dict(state["schedule"])
-        self._last_probe = (state["last_probe"][0], state["last_probe"][1]) if state["last_probe"] else None
+        self._last_probe = (state["last_probe"][0], state["last_probe"][1])
         self._session.load_state_dict(state["session"])
         self._fingerprint, self._folder = state["fingerprint"], state["folder"]
         self._probe_seconds = state["probe_seconds"]
 
-    def _check_module(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _check_module(self, pl_module: LightningModule) -> None:
         try:
             classifier_of(pl_module, self.module)
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
-        if self.module is not None and needs_whole_module(trainer):
-            raise ConfigurationError(
-                f"FSDP gathers its weights in the LightningModule's own forward only, not in module={self.module!r}. "
-                "Let that forward return the logits and leave module out, or use strategy ModelParallelStrategy."
-            )
 
     def _drawn(self, trainer: Trainer, pl_module: LightningModule) -> ProbeBatch:
         try:

@@ -25,7 +25,6 @@ __all__ = [
     "draw_from_validation",
     "log_position",
     "logged_metrics",
-    "needs_whole_module",
     "normalisation_of",
     "planned_probes",
     "untouched",
@@ -110,15 +109,14 @@ def default_folder(trainer: Trainer, callback: Callback) -> Path:
 def callable_model(trainer: Trainer, pl_module: LightningModule) -> nn.Module:
     """The module whose forward may be called from a hook.
 
-    FSDP (version 1) gathers its parameters in the wrapper's forward only; every other strategy answers to
-    the plain module, and a wrapped DDP module must not be called outside of training.
+    Under FSDP (version 1) the wrapper, which can gather the weights; every other strategy answers to the plain
+    module, and a wrapped DDP module must not be called outside of training.
     """
     wrapper = trainer.strategy.model
-    return wrapper if wrapper is not None and needs_whole_module(trainer) else pl_module
+    return wrapper if wrapper is not None and _is_wrapped_by_fsdp(trainer) else pl_module
 
 
-def needs_whole_module(trainer: Trainer) -> bool:
-    """Whether parts of the model cannot be called by themselves: under FSDP (version 1)."""
+def _is_wrapped_by_fsdp(trainer: Trainer) -> bool:
     return type(trainer.strategy.model).__name__ == "FullyShardedDataParallel"
 
 
@@ -198,7 +196,7 @@ def untouched(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     Inside, what it logs goes nowhere; afterwards the attributes of the module and its parts are as before.
     """
     # FSDP (version 1) keeps its own books in the modules it wraps.
-    modules = [pl_module] if needs_whole_module(trainer) else list(pl_module.modules())
+    modules = [pl_module] if _is_wrapped_by_fsdp(trainer) else list(pl_module.modules())
     with attributes_kept(modules):
         vars(pl_module).update(log=_log_nothing, log_dict=_log_nothing)
         yield

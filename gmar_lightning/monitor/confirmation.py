@@ -16,6 +16,7 @@ from gmar_lightning.explain.ablation import ablate_heads
 from gmar_lightning.monitor.collapse import HeadEvent
 from gmar_lightning.monitor.measurement import Measurement, on_every_process, share_of
 from gmar_lightning.monitor.probe import ProbeBatch
+from gmar_lightning.monitor.sharding import gathered
 
 __all__ = ["confirm_by_ablation"]
 
@@ -68,7 +69,8 @@ def confirm_by_ablation(
                 _effect(model, images, targets, logits, chosen, module) for chosen in (collapsed, control)
             ]
 
-    parts = on_every_process(effect)
+    with gathered(model):
+        parts = on_every_process(effect)
     # (chosen, image, logit or loss), images back in probe order
     effects = np.stack([np.stack(part) for part in parts], 2).reshape(2, -1, 2)[:, : len(probe)].mean(1)
     return [

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.gmar import GMARResult, gmar
 from gmar_lightning.monitor.probe import ProbeBatch
+from gmar_lightning.monitor.sharding import gathered
 
 __all__ = [
     "Measurement",
@@ -125,7 +126,8 @@ def measure(
 
     while True:
         try:
-            parts = on_every_process(explained)
+            with gathered(model):
+                parts = on_every_process(explained)
         except MemoryError:
             if size == 1:
                 raise ProbeError("out of memory with one image at a time") from None

@@ -25,7 +25,7 @@ class Every:
         if (steps is None) == (epochs is None):
             raise ValueError("give either every_n_train_steps or every_n_epochs, not both and not neither")
         interval = steps if steps is not None else epochs
-        if not isinstance(interval, int) or interval < 1:
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
             name = "every_n_train_steps" if epochs is None else "every_n_epochs"
             raise ValueError(f"{name} must be a whole number >= 1, got {interval!r}")
         self.unit = "step" if epochs is None else "epoch"

@@ -68,7 +68,7 @@ class Publisher:
         self._settings, self._per_head = dict(settings), per_head
         self._media_every, self._on_disk, self._warn = media_every, on_disk, warn
         self._opened, self._warned = False, set[str]()
-        self._count = 0
+        self._count = self._at = 0
         self.drift = DriftTracker(*self._recorded_maps())
 
     @classmethod
@@ -120,7 +120,7 @@ class Publisher:
             try:
                 history, segment = _opened(folder, run, resume_at)
                 history.save_inputs(images, segment)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 on_disk = False
                 warn(
                     f"GMARCallback: no record can be written to {folder} ({error}); the run goes on without it"
@@ -148,6 +148,7 @@ class Publisher:
             layers: Module path of each attention layer.
         """
         line = {**record, "segment": self._segment}
+        self._at = record["step"]
         if heatmaps is not None:
             line["drift"] = self._guarded("the heatmap drift", lambda: self.drift.compare(heatmaps))
             self._describe_model(line, heatmaps, layers)
@@ -224,6 +225,8 @@ class Publisher:
             found["gmar/first_collapse_step"] = collapses[0]["step"]
         if good:
             shares = history.shares(good[-1]["step"])
+            if not np.isfinite(shares).any():
+                return found
             layer, head = np.unravel_index(np.nanargmin(shares), shares.shape)
             found["gmar/worst_head"] = f"{history.layers[layer]} head {head}"
         return found
@@ -293,7 +296,8 @@ class Publisher:
             return action()
         except Exception as error:
             self._say_once(
-                f"GMARCallback: {sink} failed and is left out ({type(error).__name__}: {error})", sink
+                f"GMARCallback: {sink} failed at step {self._at} and is left out ({type(error).__name__}: {error})",
+                sink,
             )
             return None
 

@@ -1,0 +1,187 @@
+"""What tests/test_distributed.py runs in two processes: `python -m tests.many_processes FOLDER`.
+
+Lightning's `ddp` strategy starts the second process itself, as it does for a user's script.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import random
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from gmar_lightning.explain.gmar import gmar
+from gmar_lightning.monitor.measurement import ProbeError, measure
+from gmar_lightning.monitor.probe import ProbeBatch
+from tests.tiny import CLASSES, Classifier, digest, images_of, loaders, run_and_digest, vit, watcher
+
+
+class BatchNormHead(Classifier):
+    def __init__(self):
+        super().__init__(drop_rate=0.1)
+        self.net.head = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, CLASSES))
+
+
+class UnusedPart(Classifier):
+    def __init__(self):
+        super().__init__(drop_rate=0.1)
+        self.unused = nn.Linear(3, 3)
+
+
+class FailsOnOne(Classifier):
+    """From the second probe on, every other probe fails on process 1 alone."""
+
+    def __init__(self):
+        super().__init__(drop_rate=0.1)
+        probes = [0]
+
+        def fail(module: nn.Module, inputs: Any) -> None:
+            if torch.is_grad_enabled() and not module.training:
+                probes[0] += 1
+                if dist.get_rank() == 1 and probes[0] % 2 == 0:
+                    raise RuntimeError("only here")
+
+        self.net.blocks[1].register_forward_pre_hook(fail)
+
+
+DDP_ROWS: dict[str, tuple[Callable[[], Classifier], dict[str, Any], dict[str, Any]]] = {
+    "plain": (Classifier, {}, {}),
+    "accumulation": (Classifier, {"accumulate_grad_batches": 3}, {}),
+    "unused parameters": (UnusedPart, {"strategy": "ddp_find_unused_parameters_true"}, {}),
+    "uneven probe": (Classifier, {}, {"num_images": 7, "micro_batch_size": 2}),
+    "BatchNorm": (BatchNormHead, {}, {}),
+    "failure on one process": (FailsOnOne, {}, {"on_error": "warn"}),
+}
+
+
+def train(name: str, folder: Path) -> dict[str, Any]:
+    """A row with the callback and without it, as digests."""
+    module, trainer, changes = DDP_ROWS[name]
+    settings = {"strategy": "ddp", "devices": 2, "max_epochs": 2, **trainer}
+    place = folder / name.replace(" ", "_")
+    made: list[Classifier] = []
+
+    def kept() -> Classifier:
+        made.append(module())
+        return made[-1]
+
+    with_it, _, _ = run_and_digest(
+        place, kept, loaders, lambda: [watcher(place, **{"every_n_train_steps": 2, **changes})], **settings
+    )
+    if dist.get_rank() == 0:
+        torch.save(made[0].state_dict(), place / "last.pt")
+    without, _, _ = run_and_digest(place, module, loaders, **settings)
+    return {"with": with_it, "without": without}
+
+
+def shard(model: nn.Module, kind: str) -> nn.Module:
+    """The model spread over the two processes."""
+    if kind == "fully_shard":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (2,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    policy = ModuleWrapPolicy({type(model.blocks[0])})
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), auto_wrap_policy=policy)
+
+
+def sharded(kind: str) -> dict[str, Any]:
+    """One measurement of a sharded model, beside the same model whole."""
+    torch.manual_seed(3)
+    whole = vit().eval()
+    model = shard(copy.deepcopy(whole), kind)
+    probe = ProbeBatch(images_of(5), torch.arange(5) % CLASSES)
+    found = measure(model, probe, target="label", micro_batch_size=2)
+    alone = gmar(whole, probe.images, probe.labels)
+    return {
+        "sharded": found.importance.tolist(),
+        "whole": alone.importance.mean(0).tolist(),
+        "maps": abs(found.heatmaps - alone.heatmaps.numpy()).max().item(),
+        "layers": [list(found.layers), list(alone.layers)],
+    }
+
+
+def sharded_training(kind: str, probing: bool) -> str:
+    """Train a sharded model for four steps, with or without a measurement before each and a failing one."""
+    torch.manual_seed(3)
+    model = shard(vit(drop_rate=0.1), kind)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    probe = ProbeBatch(images_of(5), torch.arange(5) % CLASSES)
+    for step in range(4):
+        if probing:
+            measure(model, probe)
+            with contextlib.suppress(ValueError, ProbeError):
+                measure(model, probe, fails_on_one)
+        images = images_of(4, seed=10 * step + dist.get_rank())
+        torch.nn.functional.cross_entropy(model(images), torch.arange(4)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    parts = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    return digest([parts, torch.get_rng_state()])
+
+
+def fails_on_one(*args: Any, **settings: Any) -> Any:
+    """Explains, and then raises on process 1."""
+    result = gmar(*args, **settings)
+    if dist.get_rank() == 1:
+        raise ValueError("only here")
+    return result
+
+
+def failing_measure(kind: str) -> dict[str, Any]:
+    """Process 1 fails while process 0 is slow; what does each of them get, and when?"""
+    rank = dist.get_rank()
+    probe = ProbeBatch(images_of(4))
+    model, errors = vit().eval(), {"error": ValueError("bad"), "memory": MemoryError("full")}
+
+    def explain(*args: Any, **settings: Any) -> Any:
+        if rank == 1 and (kind == "error" or settings["micro_batch_size"] > 1):
+            raise errors[kind]
+        time.sleep(random.random())
+        return gmar(*args, **settings)
+
+    try:
+        found = measure(model, probe, explain)
+    except Exception as error:
+        return {
+            "raised": type(error).__name__,
+            "said": str(error),
+            "refused": getattr(error, "refused", None),
+        }
+    return {"micro_batch_size": found.micro_batch_size, "halved": found.out_of_memory}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    results: dict[str, Any] = {name: train(name, folder) for name in DDP_ROWS}
+    rank = dist.get_rank()
+    for kind in ("fully_shard", "FullyShardedDataParallel"):
+        results[kind] = sharded(kind)
+        results[f"training {kind}"] = [sharded_training(kind, probing) for probing in (True, False)]
+    for kind in ("error", "memory"):
+        results[kind] = failing_measure(kind)
+    (folder / f"results_{rank}.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Two real processes: the same run with and without the callback, and the same numbers as one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gmar_lightning import History
+from gmar_lightning.monitor.measurement import measure
+from gmar_lightning.monitor.probe import draw_probe
+from tests.many_processes import DDP_ROWS
+from tests.tiny import loaders
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder and the results of both processes; a deadlock ends in a timeout."""
+    folder = tmp_path_factory.mktemp("two")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.many_processes", str(folder)],
+        cwd=Path(__file__).parent.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=280)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        output, _ = process.communicate()
+        pytest.fail(f"deadlock:\n{output[-4000:]}")
+    assert process.returncode == 0, output[-4000:]
+    return folder, [json.loads((folder / f"results_{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", DDP_ROWS)
+def test_the_run_is_the_same_on_both_processes(name: str, ran: Any) -> None:
+    for results in ran[1]:
+        assert results[name]["with"] == results[name]["without"]
+    first, second = (results[name]["with"] for results in ran[1])
+    assert first["optimizers"] == second["optimizers"]
+    assert first["sample order"] != second["sample order"]  # it is the data that differs
+    if name != "BatchNorm":
+        assert first["weights and buffers"] == second["weights and buffers"]
+
+
+@pytest.mark.parametrize("name", [name for name in DDP_ROWS if name != "failure on one process"])
+def test_numbers_do_not_depend_on_the_number_of_processes(name: str, ran: Any) -> None:
+    place = ran[0] / name.replace(" ", "_")
+    record = History.load(place / "gmar").records
+    assert len(record) >= 3
+    assert not any(line["error"] for line in record)
+    module = DDP_ROWS[name][0]()
+    module.load_state_dict(torch.load(place / "last.pt"))
+    probe = draw_probe(loaders()[1], DDP_ROWS[name][2].get("num_images", 8))
+    alone = measure(module, probe)
+    np.testing.assert_allclose(record[-1]["importance"], alone.importance, rtol=1e-5)
+    np.testing.assert_allclose(record[-1]["probabilities"], alone.probabilities.max(-1), rtol=1e-5)
+    assert record[-1]["predictions"] == alone.logits.argmax(-1).tolist()
+    maps = History.load(place / "gmar").heatmaps(record[-1]["step"])
+    np.testing.assert_allclose(maps, alone.heatmaps, atol=2e-3 * alone.heatmaps.max())  # stored as float16
+
+
+def test_failure_on_one_process_is_everyones_failure(ran: Any) -> None:
+    record = History.load(ran[0] / "failure_on_one_process" / "gmar").records
+    errors = [line["error"] for line in record if line["error"]]
+    assert errors
+    assert all("on process 1: RuntimeError: only here" in error for error in errors)
+    assert len([line for line in record if line["importance"]]) >= 2
+
+
+@pytest.mark.parametrize("kind", ["fully_shard", "FullyShardedDataParallel"])
+def test_sharded_model_gives_the_same_numbers(kind: str, ran: Any) -> None:
+    for results in ran[1]:
+        found = results[kind]
+        np.testing.assert_allclose(found["sharded"], found["whole"], rtol=1e-5)
+        assert found["maps"] < 1e-6
+        assert found["layers"][0] == found["layers"][1]
+
+
+@pytest.mark.parametrize("kind", ["fully_shard", "FullyShardedDataParallel"])
+def test_sharded_training_is_the_same_with_probes_between_the_steps(kind: str, ran: Any) -> None:
+    for results in ran[1]:
+        with_probes, without = results[f"training {kind}"]
+        assert with_probes == without
+
+
+def test_both_processes_learn_of_an_error_and_judge_it_alike(ran: Any) -> None:
+    first, second = (results["error"] for results in ran[1])
+    assert first == {"raised": "ProbeError", "said": "on process 1: ValueError: bad", "refused": True}
+    assert second["raised"] == "ValueError"
+
+
+def test_out_of_memory_on_one_process_halves_the_batch_on_both(ran: Any) -> None:
+    for results in ran[1]:
+        assert results["memory"] == {"micro_batch_size": 1, "halved": True}
