@@ -44,6 +44,7 @@ def add_model_arguments(parse):
     parse.add_argument("--size", type=int, default=224)
     parse.add_argument("--batch", type=int, default=10)
     parse.add_argument("--limit", type=int, help="validation images, drawn evenly from the classes")
+    parse.add_argument("--skip", type=int, default=0, help="of these, leave out the first ones")
     parse.add_argument("--head", type=Path, help="keep the fitted head in this file, and take it from there")
 
 
@@ -96,7 +97,7 @@ def features(model, images, batch):
 def prepared(args):
     """The model with a head, validation images, labels, masks or None, and class names."""
     train, val, classes = split(args.images)
-    val = val[: args.limit]
+    val = val[args.skip : args.limit]
     options = {"num_classes": len(classes), "img_size": args.size}
     model = timm.create_model(args.model, pretrained=args.weights is None, **options).eval()
     before = model.get_classifier().weight.clone()
