@@ -375,7 +375,16 @@ def test_healthy_training_with_a_growing_gradient_is_silent():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"floor": 0.0}, {"drop": 1.0}, {"patience": 0}, {"clear_after": 0}, {"hysteresis": 0.5}, {"warmup": 3}],
+    [
+        {"floor": 0.0},
+        {"drop": 1.0},
+        {"overshadowed": 2},
+        {"shrunk": 0},
+        {"patience": 0},
+        {"clear_after": 0},
+        {"hysteresis": 0.5},
+        {"warmup": 3},
+    ],
 )
 def test_wrong_arguments_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -393,3 +402,17 @@ def test_messages_are_one_sentence_each():
         assert event.message.endswith(".")
         assert ". " not in event.message
         assert any(character.isdigit() for character in event.message)
+
+
+def test_collapse_is_found_after_gradients_grew_fast():
+    """Every head outgrows its own early level; none of that is an explosion."""
+    series = steady() * np.minimum(1.6 ** np.arange(40), 1e4)[:, None, None]
+    series[25:, 1, 2] *= 0.03
+    assert names(feed(series)) == {("collapsed", 1, 2)}
+
+
+def test_small_head_that_exploded_for_a_while_is_back_not_dead():
+    series = steady(probes=60)
+    series[:, 1, 2] *= 0.25
+    series[20:35, 1, 2] *= 400
+    assert {kind for kind, *_ in names(feed(series))} == {"dominance", "dominance_end"}

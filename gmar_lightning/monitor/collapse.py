@@ -22,11 +22,11 @@ import torch
 
 from gmar_lightning.monitor.events import HeadEvent, HeadState, ProbeReport, nonfinite_event
 from gmar_lightning.monitor.levels import lower_median, most, most_of_the_others, shares
+from gmar_lightning.monitor.reading import as_array, checked_names, nonfinite
 from gmar_lightning.monitor.streaming import HOLD, HeldPeak, Latch, restored
 
 _HABIT = 5.0  # times the median head: more than that is an explosion, and its end is no loss
 _BURST = 3.0  # times its own peak: a head that jumps this far at once has exploded
-
 
 __all__ = ["CollapseDetector", "HeadEvent", "HeadState"]
 
@@ -76,12 +76,15 @@ class CollapseDetector:
         vanished: float = 0.3,
         shrunk: float = 0.2,
     ) -> None:
-        for name, value in {
+        fractions = {
             "floor": floor,
             "drop": drop,
+            "overshadowed": overshadowed,
             "dominance": dominance,
             "vanished": vanished,
-        }.items():
+            "shrunk": shrunk,
+        }
+        for name, value in fractions.items():
             if not 0 < value < 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {value}")
         if patience < 1 or clear_after < 1:
@@ -122,14 +125,15 @@ class CollapseDetector:
                 ``layers``, or an entry is negative.
         """
         step = operator.index(step)
-        raw = _as_array(importance)
-        names = self._checked_names(raw, layers)
-        bad = self._nonfinite(raw)
+        started = self._last_step is not None
+        raw = as_array(importance, self._present.shape if started else None)
+        names = checked_names(raw, layers, self._names)
+        bad = nonfinite(raw, self._present if started else None)
         if bad.any():
             return [nonfinite_event(step, bad, names)]
         if np.nanmin(raw) < 0:
             raise ValueError(f"importance is a norm and cannot be negative, got {np.nanmin(raw):.3g}")
-        if self._last_step is None:
+        if not started:
             self._begin(raw.shape)
         self._names = names
         if self._last_step is not None and step <= self._last_step:
@@ -340,33 +344,6 @@ class CollapseDetector:
         peak = float(self._raw.value[at])
         kept = float(self._raw.last[at]) / peak if peak > 0 else math.nan
         return HeadState(status, float(self._share.last[at]), float(self._share.value[at]), kept, since)
-
-    def _checked_names(self, raw: np.ndarray, layers: Sequence[str] | None) -> list[str]:
-        if raw.ndim != 2 or 0 in raw.shape:
-            raise ValueError(f"importance must have shape (layers, heads), got {raw.shape}")
-        if self._last_step is not None and raw.shape != self._present.shape:
-            raise ValueError(f"importance changed shape from {self._present.shape} to {raw.shape}")
-        if layers is None:
-            return self._names or [f"layer {layer}" for layer in range(len(raw))]
-        if len(layers) != len(raw):
-            raise ValueError(f"{len(layers)} layer names for importance of shape {raw.shape}")
-        return [str(name) for name in layers]
-
-    def _nonfinite(self, raw: np.ndarray) -> np.ndarray:
-        """Entries that should be numbers and are not: NaN is padding only behind a layer's last known head."""
-        finite = np.isfinite(raw)
-        if self._last_step is None:
-            known = np.flip(np.logical_or.accumulate(np.flip(finite, 1), axis=1), 1)
-            known |= ~finite.any(axis=1, keepdims=True)
-        else:
-            known = self._present
-        return (known & ~finite) | np.isinf(raw)
-
-
-def _as_array(importance: torch.Tensor | np.ndarray) -> np.ndarray:
-    if isinstance(importance, torch.Tensor):
-        importance = importance.detach().to("cpu", torch.float64).numpy()
-    return np.array(importance, dtype=np.float64)
 
 
 def _where(mask: np.ndarray, latch: Latch) -> Iterator[tuple[int, ...]]:
