@@ -8,6 +8,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from gmar_lightning.training.callbacks import FreezeBackbone, ScaleLearningRate
 from gmar_lightning.training.data import Digits, ImageData
 from gmar_lightning.training.downloads import Cifar10, Cifar100, OxfordPets
+from gmar_lightning.training.evidence import EvidenceShare
 from gmar_lightning.training.folder import ImageFolder
 from gmar_lightning.training.model import Classifier
 from gmar_lightning.training.planted import Cells, WatermarkedDigits
@@ -15,7 +16,7 @@ from gmar_lightning.training.planted import Cells, WatermarkedDigits
 # Imported so that short names, as in ``--data Digits``, are found.
 SHORT_NAMES = (
     *(Cells, Cifar10, Cifar100, Digits, ImageFolder, OxfordPets, WatermarkedDigits),
-    *(FreezeBackbone, ScaleLearningRate),
+    *(EvidenceShare, FreezeBackbone, ScaleLearningRate),
 )
 
 

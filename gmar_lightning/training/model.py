@@ -19,9 +19,9 @@ from gmar_lightning.training.weights import create_pretrained, load_weights
 class Classifier(LightningModule):
     """A timm Vision Transformer with cross entropy, AdamW, warm-up and cosine schedule.
 
-    Logs ``train/loss``, ``train/lr``, ``val/loss`` and ``val/accuracy``. A checkpoint of it holds everything needed to
-    use it again: ``Classifier.load_from_checkpoint(path)`` builds the network without fetching pretrained
-    weights, and knows ``class_names``, ``image_size``, ``mean`` and ``std``.
+    Logs ``train/loss``, ``train/lr``, ``val/loss`` and ``val/accuracy``. A checkpoint of it holds
+    everything needed to use it again: ``Classifier.load_from_checkpoint(path)`` builds the network without
+    fetching pretrained weights, and knows ``class_names``, ``image_size``, ``mean`` and ``std``.
 
     Args:
         model_name: name of the model in timm.
