@@ -10,10 +10,10 @@ from tests.networks import ViT, pictures, seeded
 
 
 def test_operations_on_vit_base():
-    row = operation_row("vit_base_patch16_224", 224)
+    row = operation_row("vit_base_patch16_224", 224, beside=False)
     assert row["l1"] <= 2.10
     assert row["l2"] <= 2.08
-    assert row["reference"] > 2.0
+    assert min(row.values()) > 2
 
 
 def test_cost_does_not_depend_on_the_batch():

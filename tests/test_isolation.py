@@ -57,12 +57,14 @@ def snapshot(model):
         "grad": [p.grad.clone() for p in model.parameters()],
         "requires grad": [p.requires_grad for p in model.parameters()],
         "modes": [m.training for m in model.modules()],
-        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()],
+        "hooks": [
+            (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()
+        ],
         "attributes": [sorted(vars(m)) for m in model.modules()],
         "class attributes": [sorted(vars(type(m))) for m in model.modules()],
         "forwards": [type(m).forward for m in model.modules()],
-        "global hooks": [dict(getattr(module_hooks, name)) for name in dir(module_hooks) if name.startswith("_global_")
-                         and isinstance(getattr(module_hooks, name), dict)],
+        "global hooks": [dict(value) for name, value in sorted(vars(module_hooks).items())
+                         if name.startswith("_global_") and isinstance(value, dict)],
         "random": (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()),
         "functions": (F.scaled_dot_product_attention, F.multi_head_attention_forward, F.softmax),
         "modes of torch": (len(_get_current_function_mode_stack()), torch.is_grad_enabled(),
@@ -213,13 +215,19 @@ def test_overridden_train_and_eval_are_not_called():
 @pytest.mark.parametrize("seed", [None, 5])
 def test_random_states(seed):
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    with pytest.raises(KeyError), isolated_random_state(seed):
-        drawn = torch.rand(1), np.random.rand(), random.random()
-        raise KeyError
+    drawn = []
+
+    def fail():
+        with isolated_random_state(seed):
+            drawn.extend([torch.rand(1), np.random.rand(), random.random()])
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert same(before, (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()))
     if seed is not None:
         with isolated_random_state(seed):
-            assert same(drawn, (torch.rand(1), np.random.rand(), random.random()))
+            assert same(drawn, [torch.rand(1), np.random.rand(), random.random()])
 
 
 def test_buffers_of_inference_mode_and_of_one_storage():

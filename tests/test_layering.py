@@ -24,7 +24,8 @@ def imports(path):
 
 def room_of(module):
     parts = module.split(".")
-    return parts[1] if parts[0] == "gmar_lightning" and len(parts) > 1 else None
+    inside = parts[0] == "gmar_lightning" and len(parts) > 1 and not parts[1].startswith("__")
+    return parts[1] if inside else None
 
 
 def test_rooms_import_downwards_only():

@@ -86,6 +86,6 @@ def to_grid(row: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
     return row[:, prefix : prefix + grid[0] * grid[1]].unflatten(-1, grid)
 
 
-def _pull_depth(row: Tensor, depth: list[tuple[AttentionCall, Tensor, Tensor | None]], gated: bool) -> Tensor:
+def _pull_depth(row: Tensor, depth: Sequence[Step], gated: bool) -> Tensor:
     pulled = [pull(row, call, weights, grad if gated else None) for call, weights, grad in depth]
     return torch.stack(pulled).mean(0)

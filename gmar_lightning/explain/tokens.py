@@ -76,12 +76,13 @@ def token_layout(found: Recording, model: nn.Module, image: Tensor | None) -> To
     seen_by = _what_tokens_see(found, image, layouts[0])
     if seen_by is None and layouts[0].grid in told:
         return layouts[0]
-    for layout in layouts if seen_by is not None else []:
-        if _sees_its_patches(layout, *seen_by):
+    for layout in layouts:
+        if seen_by is not None and _sees_its_patches(layout, *seen_by):
             return layout
+    tried = ", ".join(dict.fromkeys(f"{height} x {width}" for height, width in grids))
     raise UnsupportedModelError(
         f"the {tokens} tokens that {first.name} ({first.owner}) reads are not the image's patches in reading "
-        f"order (tried {', '.join(f'{h} x {w}' for h, w in dict.fromkeys(la.grid for la in layouts))}): a token "
+        f"order (tried {tried}): a token "
         "depends on another part of the image (permuted, cropped or regrouped patches), so no picture can be "
         "drawn."
     )

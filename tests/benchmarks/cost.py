@@ -7,6 +7,7 @@ matrices.
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import subprocess
@@ -39,17 +40,18 @@ def operations(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def operation_row(name: str, size: int) -> dict[str, float]:
-    """Cost of one image in forward passes: L1, L2, and the materialised reference."""
+def operation_row(name: str, size: int, beside: bool = True) -> dict[str, float]:
+    """Cost of one image in forward passes: L1, L2, and (`beside` them) the materialised reference."""
     model, image = vit(name, size), torch.randn(1, 3, size, size)
     with torch.no_grad():
         forward = operations(lambda: model(image))
-    grid = (size // 16, size // 16)
-    return {
-        "l1": operations(lambda: gmar(model, image, norm="l1")) / forward,
-        "l2": operations(lambda: gmar(model, image, norm="l2")) / forward,
-        "reference": operations(lambda: reference(model, image, grid=grid)) / forward,
+    row = {
+        norm: operations(functools.partial(gmar, model, image, norm=norm)) / forward for norm in ("l1", "l2")
     }
+    if beside:
+        grid = (size // 16, size // 16)
+        row["reference"] = operations(lambda: reference(model, image, grid=grid)) / forward
+    return row
 
 
 def explain(method: str, model: nn.Module, images: Tensor) -> None:
