@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from gmar_lightning.arguments import (
     ConfigurationError,
@@ -27,23 +25,19 @@ from gmar_lightning.explain.gmar import check_form, classifier_of, gmar
 from gmar_lightning.explain.importance import Norm
 from gmar_lightning.explain.rollout import Rollout
 from gmar_lightning.monitor.collapse import CollapseDetector, HeadEvent
-from gmar_lightning.monitor.measurement import ProbeError
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.schedule import Every
 from gmar_lightning.monitor.session import Outcome, ProbeSession
+from gmar_lightning.opening import open_publisher, photographs, probe_of
 from gmar_lightning.show.console import alarm_text
 from gmar_lightning.show.panels import as_metrics
 from gmar_lightning.show.publisher import Publisher
-from gmar_lightning.show.render import to_uint8_image
 from gmar_lightning.trainer import (
     callable_model,
-    class_names_of,
     default_folder,
-    draw_from_validation,
+    is_smoke_test,
     log_position,
     logged_metrics,
-    normalisation_of,
-    planned_probes,
     untouched,
 )
 
@@ -60,23 +54,9 @@ class GMARCallback(Callback):
     interval and at the end. Training is not disturbed: with and without the callback, the final weights are
     bit-identical.
 
-    What is logged, all with the x-axis of Lightning's own training rows:
-
-    | key | what |
-    |---|---|
-    | `gmar/heatmaps` | overlays of `num_heatmaps` probe images, in fixed order |
-    | `gmar/inputs` | the same photographs without heat, once |
-    | `gmar/head_importance` | layers x heads, shares of the layer; flagged heads are crossed |
-    | `gmar/head_evolution` | every head over the whole run so far |
-    | `gmar/importance` | histogram of all shares |
-    | `gmar/collapsed_heads`, `gmar/newly_collapsed` | heads flagged now, heads flagged by this probe |
-    | `gmar/effective_heads` | heads that share a layer's importance, mean over layers |
-    | `gmar/importance_min` | share of the weakest head, 1 is fair |
-    | `gmar/attention_entropy` | mean normalised entropy of attention |
-    | `gmar/heatmap_drift`, `gmar/heatmap_drift_from_first` | 1 - rank correlation with earlier maps |
-    | `gmar/compute_seconds` | what the probe took |
-    | `gmar_layers/..._L00` | effective heads, importance and entropy per layer |
-    | `gmar_heads/L00_H00` | relative share per head, with `log_per_head=True` |
+    Logged with the x-axis of Lightning's own training rows: `gmar/heatmaps`, `gmar/inputs` (once),
+    `gmar/head_importance` (layers x heads, flagged heads crossed), `gmar/head_evolution`, and the numbers of
+    `show.panels.scalars`; the numbers are in `trainer.callback_metrics` too, for other callbacks to monitor.
 
     Args:
         every_n_train_steps: Probe whenever this many more optimizer steps were taken; 100 when neither
@@ -147,11 +127,13 @@ class GMARCallback(Callback):
             check_choice("on_collapse", on_collapse, ("warn", "alert", "stop"), "or a callable")
         check_target(target, self._given)
         self.num_images, self.num_heatmaps, self.max_events = num_images, num_heatmaps, max_events
-        self.module, self.target, self.micro_batch_size = module, target, micro_batch_size
+        self.module, self.micro_batch_size = module, micro_batch_size
+        self.target: Literal["predicted", "label"] | int = target
         self.norm: Norm = norm
         self.rollout: Rollout = rollout
         self.residual = residual
-        self.on_collapse, self.confirm, self.on_error = on_collapse, confirm, on_error
+        self.on_collapse, self.confirm = on_collapse, confirm
+        self.on_error: Literal["warn", "raise"] = on_error
         self.mean, self.std = check_display("mean", mean), check_display("std", std)
         self.class_names, self.log_per_head, self.save_dir = class_names, log_per_head, save_dir
         self._fresh_detector = CollapseDetector() if detector == "default" else detector
@@ -215,14 +197,24 @@ class GMARCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the probe images, open or continue the record, and probe the untrained model."""
-        self._check_module(pl_module)
+        try:
+            classifier_of(pl_module, self.module)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from None
         restored, self._restored = self._restored, None
         if restored is not None or trainer.global_step == 0 or self._trainer != id(trainer):
             self._begin_run()
         if restored is not None:
             self._continue_from(restored)
         self._trainer, self._closed, self._fit_started = id(trainer), False, time.monotonic()
-        self._session.probe = probe = self._drawn(trainer, pl_module)
+        self._session.probe = probe = probe_of(
+            trainer,
+            pl_module,
+            self._given,
+            num_images=self.num_images,
+            target=self.target,
+            say=self._session.say_once,
+        )
         self._open_record(trainer, pl_module, probe, resumed=restored is not None)
         if self._last_probe is None:
             started_at = trainer.global_step if self._schedule.unit == "step" else trainer.current_epoch
@@ -281,33 +273,6 @@ class GMARCallback(Callback):
         self._fingerprint, self._folder = state["fingerprint"], state["folder"]
         self._probe_seconds = state["probe_seconds"]
 
-    def _check_module(self, pl_module: LightningModule) -> None:
-        try:
-            classifier_of(pl_module, self.module)
-        except ValueError as error:
-            raise ConfigurationError(str(error)) from None
-
-    def _drawn(self, trainer: Trainer, pl_module: LightningModule) -> ProbeBatch:
-        try:
-            probe = self._given or draw_from_validation(trainer, pl_module, self.num_images)
-        except (ValueError, ProbeError) as error:
-            raise ConfigurationError(f"GMARCallback: {error}") from error
-        if probe is None:
-            raise ConfigurationError(
-                "GMARCallback found no validation dataloader to draw its images from; add one, or pass "
-                "probe_batch=(images, labels)"
-            )
-        if self._given is None and len(probe) < self.num_images:
-            self._session.say_once(
-                f"GMARCallback: num_images={self.num_images}, but the validation set has {len(probe)}; using all"
-            )
-        if self.target == "label" and probe.labels is None:
-            raise ConfigurationError(
-                'target="label" needs labels, and the validation batches have none; use target="predicted" or '
-                "pass probe_batch=(images, labels)"
-            )
-        return probe
-
     def _open_record(
         self, trainer: Trainer, pl_module: LightningModule, probe: ProbeBatch, resumed: bool
     ) -> None:
@@ -322,46 +287,26 @@ class GMARCallback(Callback):
         self._folder = str(folder)
         if not trainer.is_global_zero or (self._publisher is not None and not changed):
             return
-        on_disk = self.save_dir is not None or not trainer.fast_dev_run
+        on_disk = self.save_dir is not None or not is_smoke_test(trainer)
         if not trainer.loggers and on_disk:
             rank_zero_info(f"GMARCallback: no logger; the record goes to {folder}")
-        planned = planned_probes(trainer, self._schedule.unit, self._schedule.interval)
-        self._publisher = Publisher.open(
+        names = ("num_images", "num_heatmaps", "module", "target", "norm", "rollout")
+        self._publisher = open_publisher(
+            trainer,
+            pl_module,
             folder if on_disk else None,
             probe,
-            self._photographs(trainer, pl_module, probe),
-            trainer.loggers,
-            names=self.class_names or class_names_of(trainer, pl_module),
-            settings=self._settings(),
-            resume_at=trainer.global_step if resumed or changed else None,
+            photographs(trainer, pl_module, probe.images[: self.num_heatmaps], self.mean, self.std),
+            schedule=self._schedule,
+            names=self.class_names,
+            settings={
+                **{name: getattr(self, name) for name in names},
+                "residual": 1.0 if self.residual is None else self.residual,
+            },
+            resumed=resumed or changed,
             per_head=self.log_per_head,
-            media_every=max(1, math.ceil((planned or 0) / self.max_events)),
-            warn=rank_zero_warn,
+            max_events=self.max_events,
         )
-
-    def _photographs(
-        self, trainer: Trainer, pl_module: LightningModule, probe: ProbeBatch
-    ) -> list[np.ndarray]:
-        mean, std = normalisation_of(trainer, pl_module)
-        mean, std = self.mean or mean, self.std or std
-        try:
-            return [to_uint8_image(image, mean, std) for image in probe.images[: self.num_heatmaps]]
-        except Exception as error:
-            # One process draws; nothing it meets may keep it from the others.
-            rank_zero_warn(f"GMARCallback: the probe images cannot be drawn ({error}); numbers only")
-            return []
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "every": f"{self._schedule.interval} {self._schedule.unit}s",
-            "num_images": self.num_images,
-            "num_heatmaps": self.num_heatmaps,
-            "module": self.module,
-            "target": self.target,
-            "norm": self.norm,
-            "rollout": self.rollout,
-            "residual": 1.0 if self.residual is None else self.residual,
-        }
 
     def _run_probe(
         self, trainer: Trainer, pl_module: LightningModule, step: int, first: bool = False
@@ -388,7 +333,7 @@ class GMARCallback(Callback):
         # Without a counted step the weights are the same, unless the optimizers are stepped by hand.
         last = self._last_probe
         repeats = last is not None and (now <= last or now[0] == last[0] > 0)
-        over = self._session.probe is None or self._session.spent or (trainer.fast_dev_run and not first)
+        over = self._session.probe is None or self._session.spent or (is_smoke_test(trainer) and not first)
         return not repeats and not over
 
     def _publish(self, trainer: Trainer, record: dict[str, Any], outcome: Outcome) -> None:

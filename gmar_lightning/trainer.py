@@ -23,6 +23,7 @@ __all__ = [
     "class_names_of",
     "default_folder",
     "draw_from_validation",
+    "is_smoke_test",
     "log_position",
     "logged_metrics",
     "normalisation_of",
@@ -95,7 +96,7 @@ def _first_of(loaders: Any) -> Any:
 
 def default_folder(trainer: Trainer, callback: Callback) -> Path:
     """`<log dir>/gmar`, beside the checkpoints; `gmar_2` for a second callback of the same kind."""
-    alike = [other for other in trainer.callbacks if type(other) is type(callback)]
+    alike = [other for other in vars(trainer)["callbacks"] if type(other) is type(callback)]
     name = "gmar" if alike[0] is callback else f"gmar_{alike.index(callback) + 1}"
     if not trainer.loggers:
         return Path(trainer.default_root_dir) / name
@@ -118,6 +119,11 @@ def callable_model(trainer: Trainer, pl_module: LightningModule) -> nn.Module:
 
 def _is_wrapped_by_fsdp(trainer: Trainer) -> bool:
     return type(trainer.strategy.model).__name__ == "FullyShardedDataParallel"
+
+
+def is_smoke_test(trainer: Trainer) -> bool:
+    """Whether this is a `fast_dev_run`: one probe, no record."""
+    return bool(vars(trainer).get("fast_dev_run"))
 
 
 def log_position(trainer: Trainer, ended: bool = False) -> int:

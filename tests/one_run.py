@@ -1,8 +1,7 @@
-"""A run for tests/test_resume.py to kill: `python -m tests.one_run FOLDER [--resume] [--interrupt N] [--kill N]`."""
+"""A run for tests/test_resume.py to kill, in a process of its own."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import warnings
@@ -20,7 +19,7 @@ STEPS, EVERY, SAVED_EVERY = 40, 2, 5
 
 
 class Interrupts(Callback):
-    """Presses Ctrl-C, or pulls the plug, after so many steps."""
+    """Presses Ctrl-C, or pulls the plug, before the step after so many."""
 
     def __init__(self, step: int, number: int):
         self.step, self.number = step, number
@@ -30,31 +29,24 @@ class Interrupts(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--interrupt", type=int)
-    parser.add_argument("--kill", type=int)
-    asked = parser.parse_args()
+def run(folder: Path, output: Path, interrupt: tuple[int, int] | None = None) -> None:
+    """Train, from the last checkpoint where there is one; `interrupt` is (step, signal)."""
+    with output.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     seed_everything(5, verbose=False)
-    last = asked.folder / "last.ckpt"
-    keep = ModelCheckpoint(asked.folder, filename="kept", save_last=True, every_n_train_steps=SAVED_EVERY)
-    callbacks: list[Any] = [watcher(asked.folder, every_n_train_steps=EVERY), keep]
-    if asked.interrupt is not None:
-        callbacks.append(Interrupts(asked.interrupt, signal.SIGINT))
-    if asked.kill is not None:
-        callbacks.append(Interrupts(asked.kill, signal.SIGKILL))
+    last = folder / "last.ckpt"
+    keep = ModelCheckpoint(folder, filename="kept", save_last=True, every_n_train_steps=SAVED_EVERY)
+    callbacks: list[Any] = [watcher(folder, every_n_train_steps=EVERY), keep]
+    if interrupt is not None:
+        callbacks.append(Interrupts(*interrupt))
     data = DataLoader(Images(32), 4, shuffle=True), DataLoader(Images(8, seed=1), 4)
     print("begin", flush=True)
     fit(
-        asked.folder, Classifier(), data, callbacks=callbacks, max_epochs=STEPS // 8, enable_checkpointing=True,
-        ckpt_path=str(last) if asked.resume and last.exists() else None,
+        folder, Classifier(), data, callbacks=callbacks, max_epochs=STEPS // 8, enable_checkpointing=True,
+        ckpt_path=str(last) if last.exists() else None,
     )  # fmt: skip
     print("end", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -17,7 +17,7 @@ from gmar_lightning import History
 from gmar_lightning.monitor.measurement import measure
 from gmar_lightning.monitor.probe import draw_probe
 from tests.many_processes import DDP_ROWS
-from tests.tiny import loaders
+from tests.tiny import Classifier, loaders, run_and_digest, watcher
 
 pytestmark = pytest.mark.distributed
 
@@ -107,3 +107,40 @@ def test_both_processes_learn_of_an_error_and_judge_it_alike(ran: Any) -> None:
 def test_out_of_memory_on_one_process_halves_the_batch_on_both(ran: Any) -> None:
     for results in ran[1]:
         assert results["memory"] == {"micro_batch_size": 1, "halved": True}
+
+
+class Sharded(Classifier):
+    """Shards its blocks under `model_parallel`; `fsdp` wraps by itself."""
+
+    def configure_model(self) -> None:
+        if getattr(self, "device_mesh", None) is not None:
+            from torch.distributed.fsdp import fully_shard
+
+            for block in self.net.blocks:
+                fully_shard(block, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+class Compiled(Classifier):
+    def __init__(self):
+        super().__init__(drop_rate=0.1)
+        self.net = torch.compile(self.net)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(
+    ("module", "settings"),
+    [
+        (Classifier, {"precision": "bf16-mixed"}),
+        (Compiled, {"precision": "bf16-mixed"}),
+        (Classifier, {"precision": "16-mixed"}),
+        (Classifier, {"strategy": "fsdp", "precision": "bf16-mixed"}),
+        (Sharded, {"strategy": "model_parallel", "precision": "bf16-true"}),
+    ],
+)
+def test_the_run_is_the_same_on_a_gpu(module: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+    settings = {"accelerator": "cuda", "devices": 1, **settings}
+    with_it, _, _ = run_and_digest(tmp_path / "a", module, loaders, lambda: [watcher(tmp_path)], **settings)
+    without, _, _ = run_and_digest(tmp_path / "b", module, loaders, **settings)
+    assert with_it == without
+    assert len(History.load(tmp_path / "gmar").records) >= 4

@@ -330,12 +330,12 @@ def test_image_that_cannot_be_encoded(tmp_path: Path) -> None:
 
 
 def test_pictures_that_fail_leave_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gmar_lightning import callback
+    from gmar_lightning import opening
 
     def fails(*args: Any) -> Any:
         raise ValueError("not an image")
 
-    monkeypatch.setattr(callback, "to_uint8_image", fails)
+    monkeypatch.setattr(opening, "to_uint8_image", fails)
     said, _, rows = run(tmp_path)
     assert said == ["GMARCallback: the probe images cannot be drawn (not an image); numbers only"]
     assert len(rows.of_gmar()) == 9

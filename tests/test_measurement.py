@@ -89,14 +89,19 @@ def test_attributes_are_put_back_after_an_error_too() -> None:
     module.register_buffer("centre", torch.zeros(2))
     module.count, module.seen, module.sums = 1, [1], torch.zeros(2)
     seen, sums, centre = module.seen, module.sums, module.centre
-    with pytest.raises(KeyError), attributes_kept([module]):
-        module.count += 1
-        module.seen.append(2)
-        module.sums += 1
-        module.centre = module.centre + 1
-        module.new = "new"
-        del module.seen
-        raise KeyError
+
+    def misbehave() -> None:
+        with attributes_kept([module]):
+            module.count += 1
+            module.seen.append(2)
+            module.sums += 1
+            module.centre = module.centre + 1
+            module.new = "new"
+            del module.seen
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        misbehave()
     assert (module.count, module.seen, hasattr(module, "new")) == (1, [1], False)
     assert module.seen is seen
     assert module.sums is sums

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import random
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -19,28 +17,28 @@ import torch
 from torch.utils.data import DataLoader
 
 from gmar_lightning import History
+from tests import one_run
 from tests.one_run import EVERY, SAVED_EVERY, STEPS
 from tests.tiny import Classifier, Images, fit, loaders, watcher
 
 EXPECTED = [*range(0, STEPS + 1, EVERY)]
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.one_run", str(folder), *arguments],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+# One process imports everything once and forks the runs: they begin at once, and share nothing.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.one_run"])
 
 
-def finish(folder: Path, *arguments: str) -> str:
-    process = start(folder, *arguments)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
+def start(folder: Path, interrupt: tuple[int, int] | None = None) -> Any:
+    process = CONTEXT.Process(target=one_run.run, args=(folder, folder / "output.txt", interrupt))
+    process.start()
+    return process
+
+
+def finish(folder: Path, interrupt: tuple[int, int] | None = None) -> int:
+    process = start(folder, interrupt)
+    process.join(timeout=300)
+    return process.exitcode
 
 
 def check(folder: Path) -> History:
@@ -62,30 +60,35 @@ def check(folder: Path) -> History:
 
 
 def kill_after(folder: Path, seconds: float) -> bool:
-    """Kill a run so many seconds after its training began; whether it was still running."""
-    process = start(folder, "--resume")
-    assert process.stdout is not None
-    assert process.stdout.readline() == "begin\n"
+    """Kill a run so many seconds after it began; whether it was still running."""
+    before = len(said(folder))
+    process = start(folder)
+    deadline = time.monotonic() + 120
+    while "begin" not in said(folder)[before:] and time.monotonic() < deadline:
+        time.sleep(0.01)
     time.sleep(seconds)
-    running = process.poll() is None
+    running = process.is_alive()
     process.kill()
-    process.communicate()
+    process.join()
     return running
+
+
+def said(folder: Path) -> str:
+    output = folder / "output.txt"
+    return output.read_text() if output.exists() else ""
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> History:
     folder = tmp_path_factory.mktemp("whole")
-    finish(folder)
+    assert finish(folder) == 0, said(folder)
     return check(folder)
 
 
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), SAVED_EVERY, 11])
+@pytest.mark.parametrize("step", [1, SAVED_EVERY, 11, 26])
 def test_killed_at_a_step_and_resumed(step: int, tmp_path: Path, uninterrupted: History) -> None:
-    process = start(tmp_path, "--kill", str(step))
-    process.communicate(timeout=300)
-    assert process.returncode == -signal.SIGKILL
-    finish(tmp_path, "--resume")
+    assert finish(tmp_path, (step, signal.SIGKILL)) == -signal.SIGKILL
+    assert finish(tmp_path) == 0, said(tmp_path)
     history = check(tmp_path)
     # Up to the last checkpoint the two runs are one.
     for ours, whole in zip(history.records, uninterrupted.records, strict=True):
@@ -102,20 +105,19 @@ def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
         runs += 1
         # Several kills of one run: each resumes where the last one was stopped.
         for _ in range(5):
-            kills += kill_after(folder, draw.uniform(0.05, 1.5))
-        finish(folder, "--resume")
+            kills += kill_after(folder, draw.uniform(0.0, 2.0))
+        assert finish(folder) == 0, said(folder)
         check(folder)
 
 
 def test_ctrl_c_closes_the_record_and_writes_the_report(tmp_path: Path) -> None:
-    process = start(tmp_path, "--interrupt", "9")
-    output, _ = process.communicate(timeout=300)
-    assert "probes     5" in output
-    assert "Traceback" not in output
+    finish(tmp_path, (9, signal.SIGINT))
+    assert "probes     5" in said(tmp_path)
+    assert "Traceback" not in said(tmp_path)
     record = History.load(tmp_path / "gmar").records
     assert [line["global_step"] for line in record] == [0, 2, 4, 6, 8]
     assert "</html>" in (tmp_path / "gmar" / "report.html").read_text()
-    finish(tmp_path, "--resume")
+    assert finish(tmp_path) == 0
     check(tmp_path)
 
 

@@ -188,6 +188,8 @@ def digest(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if hasattr(value, "to_local"):
+        value = value.to_local()  # this process's part of a sharded tensor
     if isinstance(value, Tensor):
         raw = value.detach().cpu().contiguous()
         return str(raw.dtype), tuple(raw.shape), raw.flatten().view(torch.uint8).numpy().tobytes()

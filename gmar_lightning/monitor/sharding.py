@@ -17,9 +17,10 @@ __all__ = ["gathered"]
 def gathered(model: nn.Module) -> Iterator[None]:
     """Hold the same, whole model on every process: sharded weights put together, buffers of the first process.
 
-    Buffers (running statistics) drift apart between processes until the next training forward. And a probe runs backward several times over parts of one graph, which sharding's own gathering, made for one
-    backward per forward, does not foresee. As no forward communicates inside, a process that fails in one
-    leaves nobody waiting. Costs the memory of the unsharded weights under FSDP (version 1 or 2).
+    Buffers (running statistics) drift apart between processes until the next training forward. And a probe
+    runs backward several times over parts of one graph, which sharding's own gathering, made for one backward
+    per forward, does not foresee. As no forward communicates inside, a process that fails in one leaves nobody
+    waiting. Costs the memory of the unsharded weights under FSDP (version 1 or 2).
 
     Args:
         model: The model; every process must enter and leave together.
