@@ -76,6 +76,8 @@ class GMARCallback(Callback):
             callable `(trainer, pl_module, events)`, called on every process.
         confirm: Measure by ablation what newly flagged heads still contribute: two forwards over the probe
             images at probes that flag, none at others.
+        faithfulness_every: At every so-manieth probe, measure insertion minus deletion and average drop of four
+            maps, beside a random map and plain rollout (about 31 forwards per image); None never does.
         on_error: "warn" lets training go on after a failed probe, "raise" does not.
         mean: Channel means for display; found from the datamodule, the module or timm when possible.
         std: Channel standard deviations, likewise.
@@ -104,6 +106,7 @@ class GMARCallback(Callback):
         detector: CollapseDetector | Literal["default"] | None = "default",
         on_collapse: Literal["warn", "alert", "stop"] | Callable[..., None] = "alert",
         confirm: bool = True,
+        faithfulness_every: int | None = None,
         on_error: Literal["warn", "raise"] = "warn",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -122,6 +125,8 @@ class GMARCallback(Callback):
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
         check_counts(num_images=num_images, num_heatmaps=num_heatmaps, max_events=max_events)
+        if faithfulness_every is not None:
+            check_counts(faithfulness_every=faithfulness_every)
         check_choice("on_error", on_error, ("warn", "raise"))
         if not callable(on_collapse):
             check_choice("on_collapse", on_collapse, ("warn", "alert", "stop"), "or a callable")
@@ -133,6 +138,7 @@ class GMARCallback(Callback):
         self.rollout: Rollout = rollout
         self.residual = residual
         self.on_collapse, self.confirm = on_collapse, confirm
+        self.faithfulness_every = faithfulness_every
         self.on_error: Literal["warn", "raise"] = on_error
         self.mean, self.std = check_display("mean", mean), check_display("std", std)
         self.class_names, self.log_per_head, self.save_dir = class_names, log_per_head, save_dir
@@ -150,6 +156,7 @@ class GMARCallback(Callback):
             module=self.module,
             micro_batch_size=self.micro_batch_size,
             confirm=self.confirm,
+            faithfulness_every=self.faithfulness_every,
             on_error=self.on_error,
             warn=rank_zero_warn,
         )
@@ -330,9 +337,10 @@ class GMARCallback(Callback):
         self._probe_seconds += time.monotonic() - started
 
     def _needed(self, trainer: Trainer, now: tuple[int, int], first: bool) -> bool:
-        # Without a counted step the weights are the same, unless the optimizers are stepped by hand.
+        # One probe per x; and without a counted step the weights are the same, unless optimizers are
+        # stepped by hand.
         last = self._last_probe
-        repeats = last is not None and (now <= last or now[0] == last[0] > 0)
+        repeats = last is not None and (now[1] <= last[1] or now[0] == last[0] > 0)
         over = self._session.probe is None or self._session.spent or (is_smoke_test(trainer) and not first)
         return not repeats and not over
 

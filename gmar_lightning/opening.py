@@ -17,7 +17,7 @@ from gmar_lightning.monitor.measurement import ProbeError
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.schedule import Every
 from gmar_lightning.show.publisher import Publisher
-from gmar_lightning.show.render import to_uint8_image
+from gmar_lightning.show.render import enlarged, to_uint8_image
 from gmar_lightning.trainer import class_names_of, draw_from_validation, normalisation_of, planned_probes
 
 __all__ = ["open_publisher", "photographs", "probe_of"]
@@ -110,7 +110,7 @@ def photographs(
     """The probe images as they looked before normalisation, uint8; none where they cannot be drawn."""
     found_mean, found_std = normalisation_of(trainer, pl_module)
     try:
-        return [to_uint8_image(image, mean or found_mean, std or found_std) for image in images]
+        return [enlarged(to_uint8_image(image, mean or found_mean, std or found_std)) for image in images]
     except Exception as error:
         # One process draws; nothing it meets may keep it from the others.
         rank_zero_warn(f"GMARCallback: the probe images cannot be drawn ({error}); numbers only")

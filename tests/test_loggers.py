@@ -272,6 +272,17 @@ def test_csv_has_constant_columns(tmp_path):
     assert all(columns == filled[0] for columns in filled)
 
 
+def test_faithfulness_is_logged_at_every_second_probe_under_constant_columns(tmp_path):
+    logger = CSVLogger(tmp_path)
+    fit(tmp_path, logger, GMARCallback(every_n_train_steps=6, num_images=4, faithfulness_every=2), steps=20)
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
+    ours = [row for row in rows if row["gmar/effective_heads"]]
+    for value in ("insertion_minus_deletion", "average_drop"):
+        for beside in ("", "_random", "_rollout"):
+            column = [float(row[f"gmar/faithfulness_{value}{beside}"]) for row in ours]
+            assert [np.isfinite(number) for number in column] == [True, False, True, False, True]
+
+
 def test_without_a_logger_there_is_the_record_and_the_report(tmp_path):
     fit(tmp_path, False, GMARCallback(every_n_train_steps=6, num_images=4), steps=20)
     assert History.load(tmp_path / "gmar").steps.tolist() == [0, 5, 11, 17, 19]

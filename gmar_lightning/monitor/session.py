@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from gmar_lightning.monitor.confirmation import confirm_by_ablation
 from gmar_lightning.monitor.measurement import Measurement, measure, refused
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.record import failure_record, probe_record
+from gmar_lightning.monitor.trust import FAITHFULNESS_NAMES, faithfulness_of
 
 __all__ = ["MOST_FAILURES", "Outcome", "ProbeSession"]
 
@@ -47,6 +49,7 @@ class ProbeSession:
         module: Dotted path of the classifier inside the model.
         micro_batch_size: Images per forward; None takes all at once.
         confirm: Whether new collapses are confirmed by ablation.
+        faithfulness_every: Measure how faithful the maps are at every so-manieth probe; None never does.
         on_error: "raise", or "warn" to let the run go on.
         warn: Says a sentence on the console.
 
@@ -65,6 +68,7 @@ class ProbeSession:
         module: str | None,
         micro_batch_size: int | None,
         confirm: bool,
+        faithfulness_every: int | None,
         on_error: Literal["warn", "raise"],
         warn: Callable[[str], None],
     ) -> None:
@@ -75,6 +79,7 @@ class ProbeSession:
         self._explain, self._module = explain, module
         self._target: Literal["predicted", "label"] | int = target
         self._micro_batch_size, self._confirm, self._on_error = micro_batch_size, confirm, on_error
+        self._faithfulness_every = faithfulness_every
         self._warn, self._said = warn, set[str]()
 
     @property
@@ -107,6 +112,8 @@ class ProbeSession:
             events = self._judged(model, step, found, precision)
             flagged = self.detector.flagged if self.detector is not None else []
             record = probe_record(found, events, flagged)
+            if self._faithfulness_every is not None:
+                record["faithfulness"] = self._faithfulness(model, step, found, precision)
         except Exception as error:
             if self._on_error == "raise" or (first and refused(error)):
                 raise
@@ -185,6 +192,28 @@ class ProbeSession:
                 "confirm",
             )
             return events
+
+    def _faithfulness(
+        self,
+        model: nn.Module,
+        step: int,
+        found: Measurement,
+        precision: Callable[[], AbstractContextManager[Any]],
+    ) -> dict[str, float]:
+        # Always the same names: a CSV file has the columns of its first row.
+        numbers = dict.fromkeys(FAITHFULNESS_NAMES, math.nan)
+        assert self.probe is not None
+        assert self._faithfulness_every is not None
+        if (self.taken - 1) % self._faithfulness_every:
+            return numbers
+        try:
+            return faithfulness_of(model, self.probe, found, module=self._module, precision=precision)
+        except Exception as error:
+            self.say_once(
+                f"GMARCallback: the faithfulness of the maps at step {step} could not be measured ({error})",
+                "faithfulness",
+            )
+            return numbers
 
     def _note_failure(self, error: Exception, step: int) -> None:
         self.failed += 1

@@ -48,7 +48,8 @@ def scalars(record: Mapping[str, Any], heads: Sequence[int], per_head: bool = Fa
         found[f"gmar_layers/entropy_L{layer:02d}"] = _mean(entropy[layer])
     if per_head:
         found.update({name: float(relative[cell]) for name, cell in _per_head(heads)})
-    found.update({name: float(value) for name, value in (record.get("faithfulness") or {}).items()})
+    tried = record.get("faithfulness") or {}
+    found.update({name: np.nan if value is None else float(value) for name, value in tried.items()})
     return found
 
 
