@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gmar_lightning.training.cli import TrainCLI
+from gmar_lightning.training.cli import TrainCLI, main
 from gmar_lightning.training.data import ImageData
 from gmar_lightning.training.model import Classifier
 
@@ -26,9 +26,6 @@ BELOW = {
     "finetune_mix": "finetune",
     "finetune_unfreeze": "finetune",
     "linear_probe": "finetune",
-    "sick_attention_decay": "digits",
-    "sick_learning_rate": "digits",
-    "sick_watermark": "digits",
 }
 
 
@@ -51,7 +48,7 @@ def val_accuracy(run):
     return [float(row["val/accuracy"]) for row in rows if row.get("val/accuracy")]
 
 
-def test_digits_train_resume_and_load(tmp_path):
+def test_digits_train_resume_and_load(tmp_path, monkeypatch):
     digits = ["fit", "--config", str(CONFIGS / "digits.yaml"), *SHORT]
     done = train(tmp_path, *digits, "--trainer.max_epochs=1")
     assert done.returncode == 0, done.stderr
@@ -66,38 +63,45 @@ def test_digits_train_resume_and_load(tmp_path):
     assert (model.image_size, model.mean, model.class_names) == (32, [0.5] * 3, list("0123456789"))
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
-    again = train(tmp_path, *digits, "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}")
-    assert again.returncode == 0, again.stderr
+    monkeypatch.chdir(tmp_path)
+    again = main(CONFIGS / "base.yaml", [*digits, "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}"])
+    # Two batches per epoch: the second epoch went on where the first had ended.
+    assert (again.trainer.global_step, again.trainer.current_epoch) == (4, 2)
     assert len(val_accuracy(tmp_path / "runs" / "digits" / "version_1")) == 1
 
 
-def test_own_folder_by_short_name(tmp_path):
+def test_own_folder_by_short_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for name in ("ant", "bee"):
         (tmp_path / "photographs" / name).mkdir(parents=True)
         for index in range(5):
             Image.new("RGB", (40, 40), (50 * index, 0, 0)).save(
                 tmp_path / "photographs" / name / f"{index}.png"
             )
-    done = train(
-        tmp_path,
-        *(
-            "fit",
-            "--data=ImageFolder",
-            "--data.root=photographs",
-            "--data.image_size=32",
-            "--data.batch_size=4",
-        ),
-        *("--model.model_args", "{patch_size: 8, embed_dim: 24, depth: 1, num_heads: 2}"),
-        *("--trainer.max_epochs=1", "--trainer.logger=false", *SHORT),
+    arguments = ["fit", "--data=ImageFolder", "--data.root=photographs", "--data.image_size=32"]
+    arguments += ["--model.model_args", "{patch_size: 8, embed_dim: 24, depth: 1, num_heads: 2}"]
+    cli = main(
+        CONFIGS / "base.yaml",
+        [*arguments, "--data.batch_size=4", "--trainer.max_epochs=1", "--trainer.logger=false", *SHORT],
     )
-    assert done.returncode == 0, done.stderr
+    assert cli.model.class_names == ["ant", "bee"]
+    assert cli.trainer.global_step == 2
     assert not (tmp_path / "runs").exists()
 
 
-def test_missing_folder_is_a_clear_error(tmp_path):
-    done = train(tmp_path, "fit", "--data=ImageFolder", "--data.root=nowhere")
-    assert done.returncode != 0
-    assert "there is no image folder" in done.stderr
+def test_missing_folder_is_a_clear_error():
+    with pytest.raises(ValueError, match="there is no image folder"):
+        main(CONFIGS / "base.yaml", ["fit", "--data=ImageFolder", "--data.root=nowhere"])
+
+
+def test_account_and_prompt_are_only_wanted_when_asked_for(monkeypatch):
+    for value, expected in ((None, "offline"), ("online", "online")):
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        if value:
+            monkeypatch.setenv("WANDB_MODE", value)
+        with pytest.raises(ValueError, match="no image folder"):
+            main(CONFIGS / "base.yaml", ["fit", "--data=ImageFolder", "--data.root=nowhere"])
+        assert os.environ["WANDB_MODE"] == expected
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "base"))

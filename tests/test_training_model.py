@@ -49,10 +49,10 @@ def fit(model, folder, callbacks=(), epochs=1, **arguments):
 
 def test_learns_one_batch(tmp_path):
     pl.seed_everything(0)
-    model = tiny(lr=5e-3, weight_decay=0.0, position_std=0.5)
-    trainer = fit(model, tmp_path, epochs=30, overfit_batches=1)
+    model = tiny(lr=1e-2, weight_decay=0.0, position_std=0.5)
+    trainer = fit(model, tmp_path, epochs=40, overfit_batches=1)
     # Guessing costs ln 10 = 2.3, the frequencies of 32 labels alone about 2.1.
-    assert trainer.callback_metrics["train/loss"] < 1.7
+    assert trainer.callback_metrics["train/loss"] < 1.6
 
 
 def test_positions_are_spread_only_where_there_are_none_yet():

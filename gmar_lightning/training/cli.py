@@ -39,19 +39,24 @@ class TrainCLI(LightningCLI):
                 arguments.name = config.run_name
 
 
-def main(defaults: Path | None = None) -> None:
+def main(defaults: Path | None = None, arguments: list[str] | None = None) -> TrainCLI:
     """Run the command line.
 
     Args:
         defaults: a configuration that every other one is a delta of.
+        arguments: what to run; None reads the process's own arguments.
+
+    Returns:
+        The command line after the run, with ``model``, ``datamodule`` and ``trainer``.
     """
     # Weights & Biases needs no account and asks nothing, unless WANDB_MODE=online is set.
     os.environ.setdefault("WANDB_MODE", "offline")
     parser_kwargs = {"default_config_files": [str(defaults)]} if defaults else {}
-    TrainCLI(
+    return TrainCLI(
         Classifier,
         ImageData,
         subclass_mode_data=True,
         parser_kwargs=dict.fromkeys(TrainCLI.subcommands(), parser_kwargs),
         seed_everything_default=7,
+        args=arguments,
     )
