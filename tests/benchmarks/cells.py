@@ -113,7 +113,7 @@ def main():
     print(f"\nHead scores against ablation, 100 images:\n\n{correlation_table(scores, effects)}", flush=True)
     held_out = images[100:], labels[100:]
     print(f"\nAccuracy on {len(held_out[0])} held-out images without the heads that score lowest:\n")
-    print("\n" + pruning_table(model, *held_out, scores, args))
+    print(pruning_table(model, *held_out, scores, args))
 
 
 if __name__ == "__main__":

@@ -155,7 +155,6 @@ def pruning_table(model, images, labels, scores, args):
             for count in counts
         ]
         lines.append(f"| {name} | {intact:.2f} | {' | '.join(f'{value:.2f}' for value in curve)} |")
-        print(lines[-1], flush=True)
     return "\n".join(lines)
 
 
@@ -178,7 +177,7 @@ def main():
             f"\nAccuracy on {len(held_out[0])} held-out images without the heads that score lowest:\n",
             flush=True,
         )
-        print("\n" + pruning_table(model, *held_out, scores, args))
+        print(pruning_table(model, *held_out, scores, args))
 
 
 if __name__ == "__main__":
