@@ -337,10 +337,13 @@ class GMARCallback(Callback):
         self._probe_seconds += time.monotonic() - started
 
     def _needed(self, trainer: Trainer, now: tuple[int, int], first: bool) -> bool:
-        # One probe per x; and without a counted step the weights are the same, unless optimizers are
-        # stepped by hand.
+        # Steps 0 and 1 share an x: one probe. Lightning also repeats an x after a resume, but there a probe left
+        # out would be a gap. Without a counted step the weights are the same, unless optimizers are stepped by
+        # hand.
         last = self._last_probe
-        repeats = last is not None and (now[1] <= last[1] or now[0] == last[0] > 0)
+        repeats = last is not None and (
+            now <= last or now[0] == last[0] > 0 or (last[0] == 0 and now[1] <= last[1])
+        )
         over = self._session.probe is None or self._session.spent or (is_smoke_test(trainer) and not first)
         return not repeats and not over
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from gmar_lightning import History
@@ -157,9 +158,29 @@ def test_detector_goes_on_where_it_was(tmp_path: Path) -> None:
     shapes = [[len(row) for row in callback.detector.states] for callback in (whole, second)]
     assert shapes == [[2, 2], [2, 2]]
     statuses = [{state.status for row in c.detector.states for state in row} for c in (first, second)]
-    assert statuses == [{"warming"}, {"alive"}]  # 5 probes before the checkpoint, 4 after it
+    assert statuses == [{"warming"}, {"alive"}]  # 4 probes before the checkpoint, 4 after it
     steps = [record["global_step"] for record in History.load(tmp_path / "gmar").records]
-    assert steps == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert steps == [0, 2, 3, 4, 5, 6, 7, 8]  # 0 and 1 share the logger's x
+
+
+def test_no_probe_is_lost_when_every_step_is_probed_and_the_checkpoint_is_made_in_mid_epoch(
+    tmp_path: Path,
+) -> None:
+    keep = ModelCheckpoint(tmp_path, filename="a", every_n_train_steps=3, save_top_k=-1)
+    settings: dict[str, Any] = {"max_epochs": 1, "enable_checkpointing": True}
+    first = watcher(tmp_path, every_n_train_steps=1)
+    fit(tmp_path, Classifier(), loaders(16), callbacks=[first, keep], **settings)
+    second = watcher(tmp_path, every_n_train_steps=1)
+    fit(
+        tmp_path,
+        Classifier(),
+        loaders(16),
+        callbacks=[second],
+        ckpt_path=str(tmp_path / "a.ckpt"),
+        **settings,
+    )
+    steps = [record["global_step"] for record in History.load(tmp_path / "gmar").records]
+    assert steps == [0, 2, 3, 4]
 
 
 def test_state_is_plain_and_loads_with_weights_only(tmp_path: Path) -> None:
