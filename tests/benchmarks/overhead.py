@@ -145,7 +145,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         if asked.only != "vit_small":
-            pairs, epochs = (2, 5) if asked.quick else (5, 9)
+            pairs, epochs = (2, 9) if asked.quick else (5, 20)
             rows.append(("digits, 32 px, batch 64", *digits(Path(folder), pairs, epochs)))
         if asked.only != "digits":
             steps = 4 if asked.quick else 12
