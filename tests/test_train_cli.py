@@ -1,4 +1,5 @@
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -133,3 +134,40 @@ def test_digits_reach_95_percent(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert val_accuracy(tmp_path / "runs" / "digits" / "version_0")[-1] >= 0.95
+
+
+def last_probe(run):
+    return json.loads((run / "gmar" / "history.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_sick_runs_are_told_from_a_healthy_one_by_their_flags(tmp_path):
+    healthy = ("healthy", "sick_attention_decay", "--model.weight_decay_of=null")
+    runs = [healthy, ("decay", "sick_attention_decay"), ("rate", "sick_learning_rate")]
+    flagged = {}
+    for name, config, *extra in runs:
+        arguments = ["--config", str(CONFIGS / f"{config}.yaml"), f"--run_name={name}", *extra]
+        done = train(tmp_path, "fit", *arguments, "--trainer.enable_progress_bar=false")
+        assert done.returncode == 0, done.stderr
+        flagged[name] = len(last_probe(tmp_path / "runs" / name / "version_0")["flagged"])
+    assert flagged["healthy"] == 0
+    assert flagged["decay"] >= 4
+    assert flagged["rate"] >= 9
+
+
+@pytest.mark.slow
+def test_shortcut_shows_in_the_heatmaps_alone(tmp_path):
+    last = {}
+    for name, correlation in (("sick", 1.0), ("healthy", 0.0)):
+        arguments = ["--config", str(CONFIGS / "sick_watermark.yaml"), f"--run_name={name}"]
+        done = train(
+            tmp_path,
+            *("fit", *arguments, f"--data.correlation={correlation}", "--trainer.enable_progress_bar=false"),
+        )
+        assert done.returncode == 0, done.stderr
+        last[name] = last_probe(tmp_path / "runs" / name / "version_0")
+    assert last["sick"]["flagged"] == last["healthy"]["flagged"] == []
+    assert last["sick"]["metrics"]["val/accuracy"] > 0.99
+    sick, healthy = (last[name]["metrics"] for name in ("sick", "healthy"))
+    assert sick["val/evidence_gmar"] > 3 * healthy["val/evidence_gmar"]
+    assert sick["val/evidence_gradient"] > 10 * healthy["val/evidence_gradient"]
