@@ -109,7 +109,7 @@ def close_logger(
         return
     import wandb
 
-    columns = ["step", "layer", "head", "importance", "share", "flagged"]
+    columns: list[str | int] = ["step", "layer", "head", "importance", "share", "flagged"]
     last: dict[str, Any] = {"gmar/head_table": wandb.Table(columns=columns, data=[list(row) for row in rows])}
     if report is not None:
         last["gmar/report"] = wandb.Html(report.read_text(encoding="utf-8"), inject=False)

@@ -43,11 +43,12 @@ def layout(entity: str, project: str, name: str = "GMAR") -> Any:
     try:
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
+        from wandb_workspaces.reports.v2.interface import Layout
     except ImportError as error:
         raise ImportError(
             "the workspace view needs wandb-workspaces: pip install gmar-lightning[workspace]"
         ) from error
-    wide = wr.Layout(w=24, h=10)
+    wide = Layout(w=24, h=10)
     section = ws.Section(
         name="GMAR",
         is_open=True,
