@@ -143,7 +143,7 @@ def test_head_initialised_to_zero():
         assert relative_error(found.heatmaps, expected.heatmaps) < 1e-5
 
 
-@pytest.mark.parametrize("size", [(32, 32), (16, 48), (40, 24)])
+@pytest.mark.parametrize("size", [(32, 32), (16, 48), (40, 24), (8, 16), (8, 8)])
 def test_grid_is_live(size):
     class Dynamic(ViT):
         def forward(self, images):

@@ -104,19 +104,17 @@ def _square_patches(tokens: int, size: tuple[int, int]) -> Iterator[tuple[int, i
             yield grid
 
 
-def _what_tokens_see(
-    found: Recording, image: Tensor, layout: TokenLayout
-) -> tuple[tuple[int, int], Tensor] | None:
-    """Two token indices and how strongly they depend on each pixel together, `(height, width)`."""
+def _what_tokens_see(found: Recording, image: Tensor, layout: TokenLayout) -> tuple[list[int], Tensor] | None:
+    """Up to two token indices and how strongly they depend on each pixel together, `(height, width)`."""
     first = found.calls[0]
     patches = first.k.shape[-2] - layout.prefix
-    asked = (layout.prefix + int(patches * 0.35), layout.prefix + int(patches * 0.8))
+    asked = sorted({layout.prefix + int(patches * 0.35), layout.prefix + int(patches * 0.8)})
     for candidate in found.trace.tokens.entering:
         tokens = as_tokens(candidate, len(first.k), first.k.shape[-2])
         if tokens is None:
             continue
         # Not a plain sum: the sum over a LayerNorm's output is constant.
-        score = (tokens[:, list(asked)] * direction(tokens)).sum()
+        score = (tokens[:, asked] * direction(tokens)).sum()
         (grad,) = torch.autograd.grad(score, image, retain_graph=True, allow_unused=True)
         if grad is not None and grad.isfinite().all() and grad.any():
             seen = grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum((0, 1))
@@ -124,7 +122,7 @@ def _what_tokens_see(
     return None
 
 
-def _sees_its_patches(layout: TokenLayout, asked: tuple[int, int], seen: Tensor) -> bool:
+def _sees_its_patches(layout: TokenLayout, asked: list[int], seen: Tensor) -> bool:
     assert layout.grid is not None
     height, width = layout.grid
     cells = [divmod(token - layout.prefix, width) for token in asked]
