@@ -264,11 +264,9 @@ class CollapseDetector:
         living = np.isfinite(kept) & ~self._dormant.active
         top = np.where(living, kept, 0.0).max(axis=1, initial=0.0)
         # A layer that never carried any gradient has kept nothing; one that cannot be judged yet, everything.
-        silent = (self._raw.value.max(axis=1, initial=0.0) == 0) & self._old_enough().any(axis=1)
+        of_age = self._present & (self._age + 1 >= self.dormant_after)
+        silent = (self._raw.value.max(axis=1, initial=0.0) == 0) & of_age.any(axis=1)
         return np.where(living.any(axis=1), np.minimum(top, 1.0), np.where(silent, 0.0, 1.0))
-
-    def _old_enough(self) -> np.ndarray:
-        return self._present & (self._age + 1 >= self.dormant_after)
 
     def _judge_model(self, report: ProbeReport, top: np.ndarray) -> list[HeadEvent]:
         level = np.asarray(most(np.sort(top)))
