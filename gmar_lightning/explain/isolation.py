@@ -49,7 +49,10 @@ def isolated_random_state(seed: int | None = None) -> Iterator[None]:
     cpu, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         if seed is not None:
-            torch.manual_seed(seed)
+            # torch.manual_seed would also note a seed for a CUDA that is yet to be initialised.
+            torch.default_generator.manual_seed(seed)
+            if cuda is not None:
+                torch.cuda.manual_seed_all(seed)
             np.random.seed(seed)
             random.seed(seed)
         yield

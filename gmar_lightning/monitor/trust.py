@@ -14,6 +14,7 @@ from gmar_lightning.explain.faithfulness import live_faithfulness
 from gmar_lightning.explain.gmar import classifier_of
 from gmar_lightning.monitor.measurement import Measurement, on_every_process, share_of
 from gmar_lightning.monitor.probe import ProbeBatch
+from gmar_lightning.monitor.sharding import gathered
 
 __all__ = ["FAITHFULNESS_NAMES", "faithfulness_of"]
 
@@ -58,6 +59,7 @@ def faithfulness_of(
                 torch.from_numpy(found.heatmaps[rows]),
             )
 
-    parts = on_every_process(tried)
+    with gathered(model):
+        parts = on_every_process(tried)
     prefix = len("gmar/faithfulness_")
     return {name: float(np.mean([part[name[prefix:]] for part in parts])) for name in FAITHFULNESS_NAMES}
