@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PLAIN_SCRIPT = """
 import sys
 
-for name in ("timm", "wandb", "transformers"):
+for name in ("timm", "wandb"):
     sys.modules[name] = None  # not installed here
 
 import torch

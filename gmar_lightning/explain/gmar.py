@@ -28,7 +28,7 @@ from gmar_lightning.explain.inputs import (
 )
 from gmar_lightning.explain.isolation import undisturbed
 from gmar_lightning.explain.refusals import check_plain_attention, check_reached
-from gmar_lightning.explain.rollout import Rollout, roll_out, to_grid
+from gmar_lightning.explain.rollout import Rollout, roll_out, start_row, to_grid
 from gmar_lightning.explain.tokens import (
     TokenLayout,
     check_rows_apart,
@@ -168,9 +168,8 @@ def _explain(
     ]
     steps, start = list(zip(calls, weights, seen.grads, strict=True)), seen.start
     if calls[-1].is_pool:
-        # The pool's own head-weighted row is where the rollout over the token layers starts.
         pool, pool_weights, _ = steps.pop()
-        start = (pool_weights[:, :, None] * pool.attention()[:, :, 0]).sum(1)
+        start = start_row(start, pool, pool_weights)
     depths = [list(group) for _, group in itertools.groupby(steps, key=lambda step: step[0].depth)]
     row = roll_out(start.to(scores[0].dtype), depths, rollout, residual)
     return GMARResult(

@@ -11,10 +11,27 @@ from torch import Tensor
 from gmar_lightning.explain.attention import AttentionCall
 from gmar_lightning.explain.importance import query_chunks
 
-__all__ = ["Rollout", "Step", "pull", "roll_out", "to_grid"]
+__all__ = ["Rollout", "Step", "pull", "roll_out", "start_row", "to_grid"]
 
 Rollout = Literal["paper", "flow", "gradient", "last_layer"]
 Step = tuple[AttentionCall, Tensor, Tensor]  # a call, its head weights (batch, heads), dy/dO
+
+
+def start_row(readout: Tensor, pool: AttentionCall | None = None, weights: Tensor | None = None) -> Tensor:
+    """Where the rollout starts: the tokens the classifier reads.
+
+    Args:
+        readout: `(batch, tokens)`, one for the class token, equal parts for the tokens of a mean; over the
+            queries of the pool when there is one.
+        pool: A final attention pool with one query.
+        weights: `(batch, heads)` of the pool.
+
+    Returns:
+        `(batch, tokens)`: the readout itself, or the pool's own head-weighted row.
+    """
+    if pool is None or weights is None:
+        return readout
+    return (weights[:, :, None] * pool.attention()[:, :, 0]).sum(1)
 
 
 def pull(row: Tensor, call: AttentionCall, weights: Tensor, output_grad: Tensor | None = None) -> Tensor:
