@@ -1,4 +1,4 @@
-"""One thread per process: the tests' tensors are small, and threads that wait for each other cost most of the time."""
+"""One thread per process: the tests' tensors are small, and threads that wait for each other cost the time."""
 
 import torch
 
