@@ -8,11 +8,10 @@ from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.gmar import GMARResult, gmar
 from gmar_lightning.monitor.collapse import CollapseDetector, HeadEvent, HeadState
 from gmar_lightning.monitor.history import History
+from gmar_lightning.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from gmar_lightning.callback import GMARCallback
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CollapseDetector",

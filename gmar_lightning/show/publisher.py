@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from gmar_lightning import __version__
 from gmar_lightning.monitor.history import History
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.record import DriftTracker
@@ -24,6 +23,7 @@ from gmar_lightning.show.loggers import (
     shows_pictures,
 )
 from gmar_lightning.show.report import write_report
+from gmar_lightning.version import __version__
 
 __all__ = ["Publisher"]
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from gmar_lightning import __version__
 from gmar_lightning.monitor.history import History
 from gmar_lightning.show.colour import HEAT
 from gmar_lightning.show.grids import short_names
 from gmar_lightning.show.metric_names import accuracy_name, loss_name
 from gmar_lightning.show.verdict import ALARMS, judge
+from gmar_lightning.version import __version__
 
 # one megabyte for a run, two for a comparison, less what numbers may still grow by
 _LIMIT_ONE, _LIMIT_SEVERAL = 980_000, 1_960_000
