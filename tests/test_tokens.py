@@ -441,10 +441,10 @@ def test_class_tokens_of_several_layers():
 
 def test_classifier_reads_an_earlier_layer():
     def way(model, images):
-        x = model.tokens(images)
+        x = read = model.tokens(images)
         for index, block in enumerate(model.blocks):
             x = block(x)
-            read = x if index == 1 else read if index else None  # noqa: F821
+            read = x if index == 1 else read
         return model.head(model.norm(read)[:, 0])
 
     refuse(seeded(Changed, way), pictures(), "blocks.2.attn .* do not depend on it|logits read more")

@@ -195,7 +195,7 @@ def on_every_process(work: Callable[[], Any]) -> list[Any]:
 def share_of(count: int) -> list[int]:
     """Which of `count` probe images this process explains, padded so that every process has equally many.
 
-    A sharded model communicates in every forward, so all processes must run the same number of them.
+    Equal shares keep the processes in step, and make what they gather one rectangular array.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if _many() else (0, 1)
     longest = -(-count // world)
