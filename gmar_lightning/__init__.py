@@ -6,7 +6,8 @@ from gmar_lightning.explain.ablation import HeadAblation, ablate_heads
 from gmar_lightning.explain.attention import record_attention
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.gmar import GMARResult, gmar
-from gmar_lightning.monitor.collapse import CollapseDetector, HeadEvent, HeadState
+from gmar_lightning.monitor.collapse import CollapseDetector
+from gmar_lightning.monitor.events import HeadEvent, HeadState
 from gmar_lightning.monitor.history import History
 from gmar_lightning.version import __version__ as __version__
 

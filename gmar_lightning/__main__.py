@@ -1,4 +1,4 @@
-"""``python -m gmar_lightning``: ``report`` tells the story of runs, ``explain`` draws heatmaps for files."""
+"""`python -m gmar_lightning`: `report` tells the story of runs, `explain` draws heatmaps for files."""
 
 import argparse
 import sys

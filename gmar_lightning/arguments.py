@@ -9,15 +9,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from gmar_lightning.monitor.probe import ProbeBatch, unpack_batch
 
-__all__ = [
-    "ConfigurationError",
-    "check_choice",
-    "check_counts",
-    "check_display",
-    "check_target",
-    "given_probe",
-]
-
 
 class ConfigurationError(MisconfigurationException, ValueError):
     """The callback cannot work as it was set up; the message says what to change."""

@@ -21,10 +21,12 @@ from gmar_lightning.arguments import (
     check_target,
     given_probe,
 )
-from gmar_lightning.explain.gmar import check_form, classifier_of, gmar
+from gmar_lightning.explain.gmar import check_form, gmar
 from gmar_lightning.explain.importance import Norm
+from gmar_lightning.explain.inputs import classifier_of
 from gmar_lightning.explain.rollout import Rollout
-from gmar_lightning.monitor.collapse import CollapseDetector, HeadEvent
+from gmar_lightning.monitor.collapse import CollapseDetector
+from gmar_lightning.monitor.events import HeadEvent
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.schedule import Every
 from gmar_lightning.monitor.session import Outcome, ProbeSession
@@ -40,8 +42,6 @@ from gmar_lightning.trainer import (
     logged_metrics,
     untouched,
 )
-
-__all__ = ["ConfigurationError", "GMARCallback"]
 
 # What is worth waking up for.
 _ALARMS = ("collapsed", "layer_vanishing", "nonfinite")

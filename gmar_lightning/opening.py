@@ -20,8 +20,6 @@ from gmar_lightning.show.publisher import Publisher
 from gmar_lightning.show.render import enlarged, to_uint8_image
 from gmar_lightning.trainer import class_names_of, draw_from_validation, normalisation_of, planned_probes
 
-__all__ = ["open_publisher", "photographs", "probe_of"]
-
 
 def probe_of(
     trainer: Trainer,

@@ -18,19 +18,6 @@ from gmar_lightning.monitor.attributes import attributes_kept
 from gmar_lightning.monitor.measurement import agreed_probe
 from gmar_lightning.monitor.probe import ProbeBatch, draw_probe
 
-__all__ = [
-    "callable_model",
-    "class_names_of",
-    "default_folder",
-    "draw_from_validation",
-    "is_smoke_test",
-    "log_position",
-    "logged_metrics",
-    "normalisation_of",
-    "planned_probes",
-    "untouched",
-]
-
 
 def draw_from_validation(trainer: Trainer, pl_module: LightningModule, num_images: int) -> ProbeBatch | None:
     """The probe images, from the validation set and through the batch-transfer hooks; None without one.

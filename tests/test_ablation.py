@@ -1,4 +1,4 @@
-"""Ablating a head at the attention door against removing it from the weights."""
+"""Ablating a head as it is computed against removing it from the weights."""
 
 import copy
 

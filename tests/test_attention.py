@@ -1,4 +1,4 @@
-"""The door: every way of calling attention is seen, named, computed as before, and put back."""
+"""Interception: every way of calling attention is seen, named, computed as before, and put back."""
 
 import os
 import subprocess
@@ -17,9 +17,9 @@ from torch.nn.modules import module as module_hooks
 from torch.overrides import _get_current_function_mode_stack
 
 from gmar_lightning import UnsupportedModelError, gmar, record_attention
-from gmar_lightning.explain.attention import attention_door
-from tests.networks import CLASSES, DIM, Attention, Block, Tokens, ViT, pictures, seeded
-from tests.reference import reference, relative_error
+from gmar_lightning.explain.intercept import intercept_attention
+from tests.helpers.networks import CLASSES, DIM, Attention, Block, Tokens, ViT, pictures, seeded
+from tests.helpers.reference import reference, relative_error
 
 FUSED = F.scaled_dot_product_attention
 MULTI_HEAD = F.multi_head_attention_forward
@@ -340,11 +340,11 @@ def test_handler_may_change_the_output():
     model, images = seeded(ViT), pictures()
     seen = []
 
-    def silence(passage):
-        seen.append((passage.name, passage.q.shape[1]))
-        return torch.zeros_like(passage.compute())
+    def silence(call):
+        seen.append((call.name, call.q.shape[1]))
+        return torch.zeros_like(call.compute())
 
-    with torch.no_grad(), attention_door(model, silence):
+    with torch.no_grad(), intercept_attention(model, silence):
         silent = model(images)
     assert seen == [(f"blocks.{i}.attn", 3) for i in range(3)]
     assert not torch.allclose(silent, model(images))

@@ -8,8 +8,8 @@ import transformers
 from torch import nn
 
 from gmar_lightning import UnsupportedModelError, gmar
-from tests.networks import CLASSES, pictures, seeded
-from tests.reference import reference, relative_error
+from tests.helpers.networks import CLASSES, pictures, seeded
+from tests.helpers.reference import reference, relative_error
 
 SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": CLASSES, "img_size": 32, "patch_size": 8}
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gmar_lightning import GMARCallback, History, UnsupportedModelError, gmar
 from gmar_lightning.callback import ConfigurationError
-from tests.tiny import CLASSES, SIZE, Classifier, Images, fit, images_of, loaders, watcher
+from tests.helpers.tiny import CLASSES, SIZE, Classifier, Images, fit, images_of, loaders, watcher
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from gmar_lightning.monitor.collapse import CollapseDetector, HeadEvent
-from tests.planted import SCENARIOS, Series, fall, healthy, planted
+from gmar_lightning.monitor.collapse import CollapseDetector
+from gmar_lightning.monitor.events import HeadEvent
+from tests.helpers.planted import SCENARIOS, Series, fall, healthy, planted
 
 SIZES = [(1, 4), (2, 3), (4, 6), (3, 16), (12, 12)]
 SEEDS = range(9000, 9003)

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from gmar_lightning.monitor.collapse import HeadEvent
+from gmar_lightning.monitor.events import HeadEvent
 from gmar_lightning.show.console import alarm_text, closing_lines, event_table
 
 

@@ -6,7 +6,7 @@ import torch
 from gmar_lightning import gmar
 from tests.benchmarks.census import census
 from tests.benchmarks.cost import memory, operation_row, operations
-from tests.networks import ViT, pictures, seeded
+from tests.helpers.networks import ViT, pictures, seeded
 
 
 def test_operations_on_vit_base():

@@ -16,8 +16,8 @@ import torch
 from gmar_lightning import History
 from gmar_lightning.monitor.measurement import measure
 from gmar_lightning.monitor.probe import draw_probe
-from tests.many_processes import DDP_ROWS
-from tests.tiny import Classifier, loaders, run_and_digest, watcher
+from tests.helpers.many_processes import DDP_ROWS
+from tests.helpers.tiny import Classifier, loaders, run_and_digest, watcher
 
 pytestmark = pytest.mark.distributed
 
@@ -28,7 +28,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
     folder = tmp_path_factory.mktemp("two")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.many_processes", str(folder)],
+        [sys.executable, "-m", "tests.helpers.many_processes", str(folder)],
         cwd=Path(__file__).parent.parent,
         env=environment,
         stdout=subprocess.PIPE,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gmar_lightning import History
 from gmar_lightning.monitor.probe import ProbeBatch
-from tests.tiny import CLASSES, Classifier, Images, Rows, fit, images_of, loaders, watcher
+from tests.helpers.tiny import CLASSES, Classifier, Images, Rows, fit, images_of, loaders, watcher
 
 
 def run(folder: Path, module: Any = None, callbacks: Any = (), **changes: Any) -> tuple[list[str], Any, Rows]:

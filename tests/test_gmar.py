@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from gmar_lightning import gmar
-from tests.networks import Attention, ViT, pictures, seeded
-from tests.reference import reference, relative_error
+from tests.helpers.networks import Attention, ViT, pictures, seeded
+from tests.helpers.reference import reference, relative_error
 
 NORMS = ("l1", "l2", "uniform")
 ROLLOUTS = ("paper", "flow", "gradient", "last_layer")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gmar_lightning.monitor.history import History
-from tests.synthetic_history import make_history
+from tests.helpers.synthetic_history import make_history
 
 
 def probe(step: int, **fields) -> dict:

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from gmar_lightning import gmar
 from gmar_lightning.explain.isolation import isolated_random_state, undisturbed
-from tests.networks import CLASSES, ViT, pictures, seeded
+from tests.helpers.networks import CLASSES, ViT, pictures, seeded
 
 
 class Noisy(ViT):

@@ -71,7 +71,7 @@ sys.meta_path.insert(0, Blocker())
 import torch
 import gmar_lightning.explain.gmar
 from gmar_lightning import gmar
-from tests.networks import ViT, pictures, seeded
+from tests.helpers.networks import ViT, pictures, seeded
 result = gmar(seeded(ViT), pictures(), companions=True)
 assert result.heatmaps.shape == (2, 4, 4)
 assert not BLOCKED & {name.split(".")[0] for name in sys.modules}

@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from gmar_lightning import GMARCallback, History
-from tests.wandb_reader import read_run
+from tests.helpers.wandb_reader import read_run
 
 wandb = pytest.importorskip("wandb")
 

@@ -14,7 +14,7 @@ from gmar_lightning import gmar
 from gmar_lightning.monitor.attributes import attributes_kept
 from gmar_lightning.monitor.measurement import Measurement, ProbeError, measure, on_every_process
 from gmar_lightning.monitor.probe import ProbeBatch
-from tests.tiny import images_of, vit
+from tests.helpers.tiny import images_of, vit
 
 PROBE = ProbeBatch(images_of(5), torch.tensor([0, 1, 2, 3, 0]))
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from gmar_lightning.monitor.probe import ProbeBatch, draw_probe, unpack_batch
-from tests.tiny import Images, images_of
+from tests.helpers.tiny import Images, images_of
 
 
 def balanced(labels: list[int]) -> bool:

@@ -3,15 +3,9 @@ import pytest
 import torch
 
 from gmar_lightning.show.colour import HEAT, heat_table
-from gmar_lightning.show.render import (
-    contact_sheet,
-    evolution_raster,
-    importance_grid,
-    overlay,
-    short_names,
-    to_uint8_image,
-)
-from tests.synthetic_history import collapse_event, photographs
+from gmar_lightning.show.grids import evolution_raster, importance_grid, short_names
+from gmar_lightning.show.render import contact_sheet, overlay, to_uint8_image
+from tests.helpers.synthetic_history import collapse_event, photographs
 
 rng = np.random.default_rng(2)
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from gmar_lightning.monitor.history import History
 from gmar_lightning.show.report import run_names, write_report
-from tests.synthetic_history import make_history
+from tests.helpers.synthetic_history import make_history
 
 HOSTILE = ["</script><script>window.hurt = 1</script>", '<b>bold</b> & "quoted"', "größe 猫 \u2028 {{data}}"]
 

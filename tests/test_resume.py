@@ -18,16 +18,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from gmar_lightning import History
-from tests import one_run
-from tests.one_run import EVERY, SAVED_EVERY, STEPS
-from tests.tiny import Classifier, Images, fit, loaders, watcher
+from tests.helpers import one_run
+from tests.helpers.one_run import EVERY, SAVED_EVERY, STEPS
+from tests.helpers.tiny import Classifier, Images, fit, loaders, watcher
 
 EXPECTED = [*range(0, STEPS + 1, EVERY)]
 
 
 # One process imports everything once and forks the runs: they begin at once, and share nothing.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.one_run"])
+CONTEXT.set_forkserver_preload(["tests.helpers.one_run"])
 
 
 def start(folder: Path, interrupt: tuple[int, int] | None = None) -> Any:

@@ -6,7 +6,7 @@ import torch
 from gmar_lightning.explain import importance as chunks
 from gmar_lightning.explain.attention import AttentionCall
 from gmar_lightning.explain.rollout import pull, roll_out, to_grid
-from tests.reference import full_rollout
+from tests.helpers.reference import full_rollout
 
 
 def steps(depth=4, batch=2, heads=3, tokens=6, dim=5):

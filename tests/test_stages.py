@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from gmar_lightning import GMARCallback, History
 from gmar_lightning.callback import ConfigurationError
-from tests.tiny import Classifier, Images, Rows, fit, images_of, loaders, watcher
+from tests.helpers.tiny import Classifier, Images, Rows, fit, images_of, loaders, watcher
 
 
 def steps(folder: Path) -> list[tuple[int, int]]:

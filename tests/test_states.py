@@ -9,8 +9,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from gmar_lightning import gmar
-from tests.networks import CLASSES, Attention, Block, ViT, pictures, seeded
-from tests.reference import reference, relative_error
+from tests.helpers.networks import CLASSES, Attention, Block, ViT, pictures, seeded
+from tests.helpers.reference import reference, relative_error
 
 SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": CLASSES, "img_size": 32, "patch_size": 8}
 

@@ -5,8 +5,8 @@ import torch
 import transformers
 
 from gmar_lightning import UnsupportedModelError, gmar
-from tests.networks import CLASSES, seeded
-from tests.reference import materialised, relative_error
+from tests.helpers.networks import CLASSES, seeded
+from tests.helpers.reference import materialised, relative_error
 
 TOKENS = 9
 LENGTHS = (9, 6, 4)

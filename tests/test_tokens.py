@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from gmar_lightning import UnsupportedModelError, gmar
-from gmar_lightning.explain.tokens import readout_rows
-from tests.networks import CLASSES, DIM, Attention, Block, Tokens, ViT, pictures, seeded
-from tests.reference import reference, relative_error
+from gmar_lightning.explain.readout import readout_rows
+from tests.helpers.networks import CLASSES, DIM, Attention, Block, Tokens, ViT, pictures, seeded
+from tests.helpers.reference import reference, relative_error
 
 
 def assert_exact(model, images, **how):

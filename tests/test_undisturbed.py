@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from gmar_lightning import History
 from gmar_lightning.callback import GMARCallback
-from tests.tiny import CLASSES, Classifier, Images, images_of, loaders, run_and_digest, watcher
+from tests.helpers.tiny import CLASSES, Classifier, Images, images_of, loaders, run_and_digest, watcher
 
 
 @dataclass

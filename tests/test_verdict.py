@@ -5,7 +5,7 @@ from gmar_lightning.__main__ import main
 from gmar_lightning.monitor.history import History
 from gmar_lightning.show.compare import compare, layer_change
 from gmar_lightning.show.verdict import collapses, effective_heads, judge
-from tests.synthetic_history import collapse_event, make_history
+from tests.helpers.synthetic_history import collapse_event, make_history
 
 
 def still(folder, loss_at=lambda progress: 2.3 - 2.0 * progress, **arguments) -> History:

@@ -1,4 +1,4 @@
-"""What a head still contributes: the forward pass again, with its output zeroed at the door."""
+"""What a head still contributes: the forward pass again, with its output zeroed as it is computed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmar_lightning.explain.attention import Passage, attention_door
-from gmar_lightning.explain.gmar import classifier_of, forward, logits_of, model_inputs
+from gmar_lightning.explain.inputs import classifier_of, forward, logits_of, model_inputs
+from gmar_lightning.explain.intercept import CallArguments, intercept_attention
 from gmar_lightning.explain.isolation import undisturbed
-
-__all__ = ["HeadAblation", "ablate_heads"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,19 +85,17 @@ def _logits_without(
         removed.setdefault(layer, []).append(head)
     seen: list[int] = []
 
-    def zero(passage: Passage) -> Tensor:
+    def zero(call: CallArguments) -> Tensor:
         layer = len(seen)
-        seen.append(passage.q.shape[1])
-        output = passage.compute()
+        seen.append(call.q.shape[1])
+        output = call.compute()
         for head in removed.get(layer, ()):
             if not 0 <= head < output.shape[1]:
-                raise ValueError(
-                    f"layer {layer} ({passage.name}) has {output.shape[1]} heads, not head {head}"
-                )
+                raise ValueError(f"layer {layer} ({call.name}) has {output.shape[1]} heads, not head {head}")
             output[:, head] = 0
         return output
 
-    with attention_door(classifier, zero):
+    with intercept_attention(classifier, zero):
         logits = logits_of(forward(classifier, inputs))
     missing = sorted(layer for layer in removed if not 0 <= layer < len(seen))
     if missing:

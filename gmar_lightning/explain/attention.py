@@ -11,16 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from gmar_lightning.explain.door import (
-    Passage,
+from gmar_lightning.explain.intercept import (
+    CallArguments,
     at_least_float32,
-    attention_door,
+    intercept_attention,
     one_per_head,
     softmax_map,
 )
 from gmar_lightning.explain.trace import ModuleTrace
-
-__all__ = ["AttentionCall", "Passage", "Recording", "attention_door", "record_attention", "recording"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,40 +119,40 @@ def recording(model: nn.Module) -> Iterator[Recording]:
     found = Recording()
     invocations: list[int] = []
 
-    def record(passage: Passage) -> Tensor:
-        depth, detached = _place(found.calls, (passage.q, passage.k, passage.v))
+    def record(given: CallArguments) -> Tensor:
+        depth, detached = _place(found.calls, (given.q, given.k, given.v))
         beside = [index for index, other in enumerate(found.calls) if other.depth == depth and not detached]
         twin = any(
-            invocations[index] == passage.invocation or _same_values(found.calls[index].v, passage.v)
+            invocations[index] == given.invocation or _same_values(found.calls[index].v, given.v)
             for index in beside
         )
-        output = passage.compute()
+        output = given.compute()
         if torch.is_grad_enabled() and not output.requires_grad:
             output.requires_grad_()
-        invocations.append(passage.invocation)
+        invocations.append(given.invocation)
         found.calls.append(
             AttentionCall(
-                name=passage.name,
-                q=passage.q.detach(),
-                k=passage.k.detach(),
-                v=passage.v.detach(),
-                mask=None if passage.mask is None else passage.mask.detach(),
-                scale=passage.scale,
+                name=given.name,
+                q=given.q.detach(),
+                k=given.k.detach(),
+                v=given.v.detach(),
+                mask=None if given.mask is None else given.mask.detach(),
+                scale=given.scale,
                 output=output,
-                causal=passage.causal,
+                causal=given.causal,
                 depth=depth,
-                owner=passage.owner,
-                shared_qkv=passage.q is passage.k and passage.k is passage.v,
+                owner=given.owner,
+                shared_qkv=given.q is given.k and given.k is given.v,
                 twin=twin,
                 detached=detached,
                 edge=get_gradient_edge(output) if output.requires_grad else None,
             )
         )
         if output.ndim == 4:
-            found.trace.saw_attention(len(output), output.shape[-2], passage.k.shape[-2])
+            found.trace.saw_attention(len(output), output.shape[-2], given.k.shape[-2])
         return output
 
-    with attention_door(model, record, found.trace):
+    with intercept_attention(model, record, found.trace):
         yield found
 
 

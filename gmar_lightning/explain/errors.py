@@ -1,7 +1,5 @@
 """What can go wrong when a model is explained, by name."""
 
-__all__ = ["UnsupportedModelError"]
-
 
 class UnsupportedModelError(RuntimeError):
     """The model's picture cannot be derived; the message names what was seen and what can be done."""

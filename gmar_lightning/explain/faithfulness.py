@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmar_lightning.explain.gmar import gmar
-from gmar_lightning.explain.localisation import energy_in_mask, pointing_game
 from gmar_lightning.explain.perturbation import (
     PIXEL_BASELINES,
     Baseline,
@@ -31,21 +30,6 @@ from gmar_lightning.explain.perturbation import (
     check_baseline,
     perturbing,
 )
-
-__all__ = [
-    "average_drop",
-    "average_increase",
-    "check_steps",
-    "deletion",
-    "energy_in_mask",
-    "insertion",
-    "live_faithfulness",
-    "pointing_game",
-    "probability_area",
-    "relative_drop",
-    "saco",
-    "salience_coefficient",
-]
 
 Images = Tensor | Mapping[str, Any]
 Channels = Sequence[float] | None

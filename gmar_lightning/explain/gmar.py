@@ -11,10 +11,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from gmar_lightning.explain.attention import AttentionCall, Recording, recording
-from gmar_lightning.explain.companions import companion_signals
-from gmar_lightning.explain.errors import UnsupportedModelError
-from gmar_lightning.explain.importance import Norm, head_importance, head_weights
+from gmar_lightning.explain.attention import AttentionCall, recording
+from gmar_lightning.explain.importance import Norm, companion_signals, head_importance, head_weights
 from gmar_lightning.explain.inputs import (
     batch_size,
     checked_targets,
@@ -27,19 +25,10 @@ from gmar_lightning.explain.inputs import (
     padding_of,
 )
 from gmar_lightning.explain.isolation import undisturbed
+from gmar_lightning.explain.readout import check_rows_apart, readout
 from gmar_lightning.explain.refusals import check_plain_attention, check_reached
 from gmar_lightning.explain.rollout import Rollout, roll_out, start_row, to_grid
-from gmar_lightning.explain.tokens import (
-    TokenLayout,
-    check_rows_apart,
-    direction,
-    last_tokens,
-    readout_rows,
-    token_layout,
-)
-from gmar_lightning.explain.trace import as_tokens
-
-__all__ = ["GMARResult", "check_form", "classifier_of", "forward", "gmar", "logits_of", "model_inputs"]
+from gmar_lightning.explain.tokens import TokenLayout, token_layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +192,7 @@ def _measure(classifier: nn.Module, inputs: dict[str, Any], targets: Tensor | No
                 f"targets name class {int(goals.max())}, but the model has {logits.shape[1]} classes"
             )
         score = logits.gather(1, goals[:, None]).sum()
-        start = _readout(found, score, image)
+        start = readout(found, score, image)
         edges: Any = [call.edge for call in found.calls]
         grads = check_reached(found.calls, torch.autograd.grad(score, edges, allow_unused=True))
     if not found.calls[-1].is_pool:
@@ -221,61 +210,9 @@ def _forward(classifier: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Ten
     return logits_of(forward(classifier, {**inputs, key: image})), image
 
 
-def _readout(found: Recording, score: Tensor, image: Tensor | None) -> Tensor:
-    """The row of tokens that the classifier reads, `(batch, tokens)`; NaN for an image without finite logits."""
-    read = last_tokens(found, score, image)
-    last = found.calls[-1]
-    if last.is_pool:
-        return last.q.new_ones(len(last.q), 1)
-    grad = _token_grad(score, read, last)
-    finite = grad.isfinite().flatten(1).all(-1)
-    if (grad.flatten(1).abs().amax(-1).eq(0) & finite).any():
-        grad = torch.where(finite[:, None, None], _grad_before_head(found, image), torch.nan)
-    rows = readout_rows(grad.masked_fill(~finite[:, None, None], 1.0))
-    if (rows > 0).float().mean() > 0.5:
-        _check_last_block(found, read)
-    return rows.masked_fill(~finite[:, None], torch.nan)
-
-
-def _token_grad(score: Tensor, tokens: Tensor, call: AttentionCall) -> Tensor:
-    (grad,) = torch.autograd.grad(score, tokens, retain_graph=True)
-    seen = as_tokens(grad, len(call.q), call.q.shape[-2])
-    assert seen is not None
-    return seen
-
-
-def _check_last_block(found: Recording, read: Tensor) -> None:
-    """When (nearly) all tokens are read, look at what a single one of them depends on."""
-    last = found.calls[-1]
-    tokens = as_tokens(read, len(last.q), last.q.shape[-2])
-    assert tokens is not None
-    one = tokens.shape[1] // 2
-    calls = [call for call in found.calls if call.depth == last.depth]
-    edges: Any = [call.edge for call in calls]
-    score = (tokens[:, one] * direction(tokens)).sum()
-    grads = check_reached(calls, torch.autograd.grad(score, edges, retain_graph=True, allow_unused=True))
-    only = torch.zeros(tokens.shape[:2], device=tokens.device)
-    only[:, one] = 1
-    check_rows_apart(calls, grads, only)
-
-
 def _last_depth(calls: list[AttentionCall], grads: list[Tensor]) -> tuple[list[AttentionCall], list[Tensor]]:
     count = sum(call.depth == calls[-1].depth for call in calls)
     return calls[-count:], grads[-count:]
-
-
-def _grad_before_head(found: Recording, image: Tensor | None) -> Tensor:
-    """Gradient at the tokens of a fixed function of the classifier's input, for a head whose weights are 0."""
-    pooled = found.trace.pooled
-    if pooled is not None and pooled.requires_grad:
-        score = (pooled * direction(pooled)).sum()
-        grad = _token_grad(score, last_tokens(found, score, image), found.calls[-1])
-        if grad.flatten(1).abs().amax(-1).gt(0).all():
-            return grad
-    raise UnsupportedModelError(
-        "the logits do not depend on the tokens at all (a head initialised to zero?), and no linear layer on "
-        "pooled features was seen that would tell which tokens are read."
-    )
 
 
 def _folded(row: Tensor, layout: TokenLayout, padding: Tensor | None) -> Tensor:

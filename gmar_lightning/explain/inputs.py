@@ -10,18 +10,6 @@ from torch import Tensor, nn
 
 from gmar_lightning.explain.errors import UnsupportedModelError
 
-__all__ = [
-    "batch_size",
-    "checked_targets",
-    "classifier_of",
-    "forward",
-    "image_key",
-    "logits_of",
-    "micro_batches",
-    "model_inputs",
-    "padding_of",
-]
-
 
 def classifier_of(model: nn.Module, module: str | None) -> nn.Module:
     """The submodule at a dotted path, or the model itself.

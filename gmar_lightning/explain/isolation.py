@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["isolated_random_state", "undisturbed"]
-
 
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:

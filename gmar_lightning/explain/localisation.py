@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["energy_in_mask", "pointing_game"]
-
 
 def pointing_game(heatmaps: Tensor, masks: Tensor) -> Tensor:
     """Whether the hottest cell's centre lies on the object (Zhang et al. 2016, without their margin).

@@ -12,12 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmar_lightning.explain.attention import Passage, attention_door
 from gmar_lightning.explain.errors import UnsupportedModelError
-from gmar_lightning.explain.gmar import forward, logits_of, model_inputs
+from gmar_lightning.explain.inputs import forward, logits_of, model_inputs
+from gmar_lightning.explain.intercept import CallArguments, intercept_attention
 from gmar_lightning.explain.isolation import undisturbed
-
-__all__ = ["PIXEL_BASELINES", "Baseline", "Perturbation", "check_baseline", "perturbing"]
 
 Baseline = Literal["black", "mean", "blur", "attention"]
 PIXEL_BASELINES = ("black", "mean", "blur")
@@ -190,31 +188,31 @@ class Perturbation:
         return logits.float().softmax(-1).gather(1, self.targets[:, None])[:, 0]
 
     def _logits_masked(self, images: Tensor, keep: Tensor) -> Tensor:
-        with attention_door(self._model, lambda passage: _without_keys(passage, keep)):
+        with intercept_attention(self._model, lambda call: _without_keys(call, keep)):
             return self._logits(images)
 
 
-def _without_keys(passage: Passage, keep: Tensor) -> Tensor:
+def _without_keys(call: CallArguments, keep: Tensor) -> Tensor:
     """An attention call in which some patch tokens are no keys; a query left without any key gets zeros."""
-    prefix = passage.k.shape[-2] - keep.shape[1]
-    if len(passage.q) != len(keep) or not 0 <= prefix <= _MOST_PREFIX_TOKENS:
+    prefix = call.k.shape[-2] - keep.shape[1]
+    if len(call.q) != len(keep) or not 0 <= prefix <= _MOST_PREFIX_TOKENS:
         raise UnsupportedModelError(
-            f"{passage.name} ({passage.owner}) attends to keys of shape {tuple(passage.k.shape)} for {len(keep)} "
+            f"{call.name} ({call.owner}) attends to keys of shape {tuple(call.k.shape)} for {len(keep)} "
             f"images with {keep.shape[1]} cells: the heatmap's grid is not the patch grid, or attention is windowed "
             "or pooled. Take a pixel baseline."
         )
     allowed = F.pad(keep, (prefix, 0), value=True)[:, None, None]
-    if passage.causal:
-        square = torch.ones(passage.q.shape[-2], passage.k.shape[-2], dtype=torch.bool, device=keep.device)
+    if call.causal:
+        square = torch.ones(call.q.shape[-2], call.k.shape[-2], dtype=torch.bool, device=keep.device)
         allowed = allowed & square.tril()
-    given = passage.mask
+    given = call.mask
     if given is None:
         mask = allowed
     elif given.dtype == torch.bool:
         mask = allowed = given & allowed
     else:
         mask = torch.where(allowed, given, -math.inf)
-    return torch.where(allowed.any(-1, keepdim=True), passage.compute(mask), 0)
+    return torch.where(allowed.any(-1, keepdim=True), call.compute(mask), 0)
 
 
 def _blurred(images: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -9,8 +9,6 @@ from torch import Tensor
 from gmar_lightning.explain.attention import AttentionCall, Recording
 from gmar_lightning.explain.errors import UnsupportedModelError
 
-__all__ = ["check_plain_attention", "check_reached"]
-
 
 def check_plain_attention(found: Recording, batch: int) -> None:
     """Refuse every model whose rollout is not the product of plain token-to-token attention maps.

@@ -11,8 +11,6 @@ from torch import Tensor
 from gmar_lightning.explain.attention import AttentionCall
 from gmar_lightning.explain.importance import query_chunks
 
-__all__ = ["Rollout", "Step", "pull", "roll_out", "start_row", "to_grid"]
-
 Rollout = Literal["paper", "flow", "gradient", "last_layer"]
 Step = tuple[AttentionCall, Tensor, Tensor]  # a call, its head weights (batch, heads), dy/dO
 

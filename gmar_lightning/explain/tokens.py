@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmar_lightning.explain.attention import AttentionCall, Recording, reaches
-from gmar_lightning.explain.door import USES_WEIGHTS
+from gmar_lightning.explain.attention import Recording
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.trace import as_tokens
 
-__all__ = ["TokenLayout", "check_rows_apart", "last_tokens", "readout_rows", "token_layout"]
-
 # Class, distillation, register and prompt tokens together; more than this is some other arrangement.
 _MOST_PREFIX_TOKENS = 64
-# A head reads one token, the mean of some, or both (class token beside the mean); never a mixture of many.
-_MOST_READ_GROUPS = 2
 # How far, in patches, the centre of what a token sees may lie from the centre of its patch.
 _MOST_OFFSET = 0.75
 
@@ -140,101 +135,6 @@ def _sees_its_patches(layout: TokenLayout, asked: list[int], seen: Tensor) -> bo
         if not offset.abs().max() <= _MOST_OFFSET:
             return False
     return True
-
-
-def last_tokens(found: Recording, score: Tensor, image: Tensor | None) -> Tensor:
-    """The last tensor with one vector per token through which the score depends on the image.
-
-    Args:
-        found: What the forward pass showed.
-        score: A number computed from the model's output.
-        image: The images at the head of the graph, if there are any.
-
-    Returns:
-        Tokens `(batch, tokens, channels)` in one of the shapes that `as_tokens` understands.
-
-    Raises:
-        UnsupportedModelError: When the score reads anything beside them.
-    """
-    last, first = found.calls[-1], found.calls[0]
-    sources = {image.grad_fn} if image is not None and image.grad_fn is not None else set()
-    sources |= {first.edge.node} if first.edge is not None else set()
-    if score.grad_fn is None or not reaches([score.grad_fn], sources):
-        raise UnsupportedModelError(
-            "the logits carry no gradient back to the attention layers: the model's forward detaches its features "
-            "or runs under torch.no_grad(). Freeze with requires_grad_(False) instead."
-        )
-    if reaches([score.grad_fn], found.trace.handed_out - {None}):
-        raise UnsupportedModelError(USES_WEIGHTS)
-    for tokens in reversed(found.trace.tokens.leaving):
-        if tokens.grad_fn is not None and not reaches([score.grad_fn], sources, barrier=tokens.grad_fn):
-            return tokens
-    raise UnsupportedModelError(
-        f"the logits read more than the tokens that {last.name} ({last.owner}) and its block return: several "
-        "layers, a second backbone or branch, or several passes over the image. Name a single transformer "
-        "classifier inside the model with module=."
-    )
-
-
-def readout_rows(token_grad: Tensor) -> Tensor:
-    """The row of tokens that the classifier reads, from the gradient at the tokens it reads them from.
-
-    One token receives gradient under class-token pooling; all pooled tokens receive the same one under mean
-    pooling. Distilled models read two tokens, some heads a class token beside a mean: each counts half.
-
-    Args:
-        token_grad: Gradient of the logit at the last token tensor, `(batch, tokens, channels)`, non-zero for
-            every image.
-
-    Returns:
-        `(batch, tokens)`, summing to 1.
-
-    Raises:
-        UnsupportedModelError: When tokens are read in more than two ways (max pooling, weighted pooling).
-    """
-    grad = token_grad.to(torch.promote_types(token_grad.dtype, torch.float32))
-    strength = grad.abs().amax(-1)
-    tolerance = 1e-3 * strength.amax(-1, keepdim=True)
-    unread = strength > 1e-3 * tolerance
-    groups, examples = [], []
-    for _ in range(_MOST_READ_GROUPS):
-        first = unread.int().argmax(-1)
-        example = grad[torch.arange(len(grad), device=grad.device), first][:, None]
-        alike = unread & ((grad - example).abs().amax(-1) <= tolerance)
-        groups.append(alike / alike.sum(-1, keepdim=True).clamp_min(1))
-        examples.append(example * alike.any(-1)[:, None, None])
-        unread = unread & ~alike
-    # Two winners of a max pool share the channels out between them; two pooled tokens are read on all.
-    apart = (examples[0] * examples[1]).abs().amax((1, 2)) == 0
-    if unread.any() or (apart & groups[1].any(-1)).any():
-        raise UnsupportedModelError(
-            "the classifier reads its tokens with different weights (max, weighted or other pooling); known are "
-            "one token, the mean of tokens, two tokens, and a token beside a mean."
-        )
-    total = torch.stack(groups).sum(0)
-    return total / total.sum(-1, keepdim=True)
-
-
-def check_rows_apart(calls: Sequence[AttentionCall], grads: Sequence[Tensor], start: Tensor) -> None:
-    """Refuse a model that mixes tokens after its last attention, seen in rows that should get no gradient.
-
-    Args:
-        calls: Attention calls of the last depth.
-        grads: Gradients of the logit at their outputs, `(batch, heads, tokens, value_dim)`.
-        start: The readout row, `(batch, tokens)`.
-
-    Raises:
-        UnsupportedModelError: When the logit depends on rows of the last attention that nobody reads.
-    """
-    for call, grad in zip(calls, grads, strict=True):
-        strength = grad.abs().amax((1, 3)).float()
-        stray = (strength * (start == 0)).amax(-1)
-        if (stray > 1e-3 * strength.amax(-1)).any():
-            raise UnsupportedModelError(
-                f"after {call.name} ({call.owner}) the classifier depends on tokens it does not read: something "
-                "beside attention mixes the tokens (a linear layer over positions, gating, normalisation over "
-                "tokens), which a rollout of attention maps alone would miss."
-            )
 
 
 def direction(features: Tensor) -> Tensor:

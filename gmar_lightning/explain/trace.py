@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-__all__ = ["ModuleTrace", "TokenTrail", "in_backward"]
-
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 _CONVOLUTIONS = frozenset(
     f"conv{transposed}{dims}d" for transposed in ("", "_transpose") for dims in (1, 2, 3)
@@ -94,7 +92,7 @@ class ModuleTrace:
         grids: Height and width of 2-D convolution outputs before any attention, the latest first.
         mixers: What mixed tokens outside the attention, after the first attention.
         softmaxes: Modules that compute attention-like softmaxes by hand.
-        silent: Modules named as attention that ran without passing the door.
+        silent: Modules named as attention that ran without a call that was intercepted.
         handed_out: Graph nodes of attention weights that modules returned beside their output.
         tokens: The token tensors on the way.
         pooled: What the last linear layer on `(batch, features)` read: the classifier's input.

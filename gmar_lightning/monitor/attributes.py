@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["attributes_kept"]
-
 # Parameters and submodules are nobody's to change in a forward; sharded training does change them.
 _NOT_STATE = ("_parameters", "_modules", "training")
 

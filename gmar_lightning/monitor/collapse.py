@@ -1,8 +1,8 @@
 """Which attention heads die while a model trains, and which only look as if they did.
 
-The rule, in three sentences. A head is flagged when, for ``patience`` probes running, it is left with less
-than ``drop`` of the gradient it once held *and* with next to nothing beside its layer: less than ``floor`` of
-what the median head there once held, or than ``overshadowed`` of what the strongest head there holds now.
+The rule, in three sentences. A head is flagged when, for `patience` probes running, it is left with less
+than `drop` of the gradient it once held *and* with next to nothing beside its layer: less than `floor` of
+what the median head there once held, or than `overshadowed` of what the strongest head there holds now.
 What it once held is scaled by what the best-kept head of its layer and the other layers kept, and lowered by
 what it lost in the very probe in which a neighbour exploded, so a vanishing layer, a confident model whose
 gradients all fade, or an exploding neighbour never makes a head look dead. A head that never came alive is
@@ -21,14 +21,12 @@ import numpy as np
 import torch
 
 from gmar_lightning.monitor.events import HeadEvent, HeadState, ProbeReport, nonfinite_event
+from gmar_lightning.monitor.latch import HOLD, HeldPeak, Latch, restored
 from gmar_lightning.monitor.levels import lower_median, most, most_of_the_others, shares
 from gmar_lightning.monitor.reading import as_array, checked_names, nonfinite
-from gmar_lightning.monitor.streaming import HOLD, HeldPeak, Latch, restored
 
 _HABIT = 5.0  # times the median head: more than that is an explosion, and its end is no loss
 _BURST = 3.0  # times its own peak: a head that jumps this far at once has exploded
-
-__all__ = ["CollapseDetector", "HeadEvent", "HeadState"]
 
 
 class CollapseDetector:
@@ -40,7 +38,7 @@ class CollapseDetector:
     Args:
         floor: Near nothing: the fraction of a fair share (what the median head of the layer once held) below
             which a head can be called collapsed or dormant. Up to doubled for a head that lost far more than
-            ``drop`` asks, so that a once strong head need not fall further than the others.
+            `drop` asks, so that a once strong head need not fall further than the others.
         drop: The fraction of its own peak below which a head can be called collapsed.
         overshadowed: Near nothing as well: the fraction of what the strongest head of the layer holds now.
             It finds heads that die together, when the survivor takes over their work.
@@ -48,7 +46,7 @@ class CollapseDetector:
         clear_after: Probes in a row that must agree before anything raised is taken back.
         hysteresis: A head has recovered, or woken, once it is above its thresholds times this.
         warmup: Probes of a head before anything can be raised about it.
-        dormant_after: A head whose share has not once been held above ``floor`` by this many probes is
+        dormant_after: A head whose share has not once been held above `floor` by this many probes is
             dormant.
         dominance: The share of its layer above which one head is said to dominate it; it ends at three
             quarters of that. Only in layers of three heads or more.
@@ -112,17 +110,17 @@ class CollapseDetector:
 
         Args:
             step: Where training stands; any integer that grows.
-            importance: Raw head importance averaged over the probe images, ``(layers, heads)``, not
+            importance: Raw head importance averaged over the probe images, `(layers, heads)`, not
                 negative. Layers with fewer heads are padded at the end with NaN.
-            layers: Names of the layers for messages; ``layer 0``, ``layer 1``, ... without.
+            layers: Names of the layers for messages; `layer 0`, `layer 1`, ... without.
 
         Returns:
             What was decided at this probe, the whole model first, then layers, then heads. If any entry is
-            NaN or infinite, a single ``nonfinite`` event, and the detector is as if never called.
+            NaN or infinite, a single `nonfinite` event, and the detector is as if never called.
 
         Raises:
-            ValueError: The shape is not ``(layers, heads)``, changed since the last call, does not fit
-                ``layers``, or an entry is negative.
+            ValueError: The shape is not `(layers, heads)`, changed since the last call, does not fit
+                `layers`, or an entry is negative.
         """
         step = operator.index(step)
         started = self._last_step is not None
@@ -147,7 +145,7 @@ class CollapseDetector:
 
     @property
     def states(self) -> list[list[HeadState]]:
-        """State of each head now, as ``states[layer][head]``; empty before the first probe."""
+        """State of each head now, as `states[layer][head]`; empty before the first probe."""
         return [
             [self._state_of(layer, int(head)) for head in np.flatnonzero(present)]
             for layer, present in enumerate(self._present)
@@ -155,7 +153,7 @@ class CollapseDetector:
 
     @property
     def flagged(self) -> list[tuple[int, int]]:
-        """The ``(layer, head)`` pairs that are collapsed now."""
+        """The `(layer, head)` pairs that are collapsed now."""
         return [(int(layer), int(head)) for layer, head in np.argwhere(self._collapsed.active)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -250,7 +248,7 @@ class CollapseDetector:
         self._raw.value = self._raw.value * np.minimum(fell, 1.0)
 
     def _typical(self, values: np.ndarray) -> np.ndarray:
-        """The median living head of each layer, ``(layers, 1)``."""
+        """The median living head of each layer, `(layers, 1)`."""
         living = (self._raw.value > 0) & ~self._dormant.active
         return lower_median(np.where(living, values, np.nan))
 
@@ -260,7 +258,7 @@ class CollapseDetector:
         return np.divide(raw, self._raw.value, out=np.full(raw.shape, np.nan), where=judged)
 
     def _best_kept(self, kept: np.ndarray) -> np.ndarray:
-        """What the best-kept living head of each layer kept, at most 1; ``(layers,)``."""
+        """What the best-kept living head of each layer kept, at most 1; `(layers,)`."""
         living = np.isfinite(kept) & ~self._dormant.active
         top = np.where(living, kept, 0.0).max(axis=1, initial=0.0)
         # A layer that never carried any gradient has kept nothing; one that cannot be judged yet, everything.

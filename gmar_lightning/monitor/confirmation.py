@@ -13,12 +13,10 @@ import torch
 from torch import nn
 
 from gmar_lightning.explain.ablation import ablate_heads
-from gmar_lightning.monitor.collapse import HeadEvent
+from gmar_lightning.monitor.events import HeadEvent
 from gmar_lightning.monitor.measurement import Measurement, on_every_process, share_of
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.sharding import gathered
-
-__all__ = ["confirm_by_ablation"]
 
 Heads = list[tuple[int, int]]
 

@@ -14,14 +14,14 @@ from PIL import Image
 
 
 def read_maps(path: Path) -> np.ndarray:
-    """Maps of one probe's ``.npz``, float32 ``(images, grid_h, grid_w)``."""
+    """Maps of one probe's `.npz`, float32 `(images, grid_h, grid_w)`."""
     with np.load(path) as stored:
         maps = stored["heatmaps"].astype(np.float32)
         return maps * stored["scale"].reshape(-1, 1, 1) if "scale" in stored else maps
 
 
 def write_maps(path: Path, maps: np.ndarray) -> None:
-    """Store maps ``(images, grid_h, grid_w)`` as float16, with the factor of each image."""
+    """Store maps `(images, grid_h, grid_w)` as float16, with the factor of each image."""
     # float16 ends at 6e-8 and 65504: maps outside its comfortable range are stored divided by a power of two
     peak = np.nan_to_num(np.abs(maps), nan=0.0, posinf=0.0).max(axis=(1, 2), initial=0.0)
     peak = np.where(peak > 0, peak, 1.0)
@@ -35,7 +35,7 @@ def write_maps(path: Path, maps: np.ndarray) -> None:
 
 
 def write_jpegs(folder: Path, images: Sequence[np.ndarray]) -> list[Path]:
-    """Write uint8 images ``(height, width, 3)`` as ``00.jpg``, ``01.jpg``, ..."""
+    """Write uint8 images `(height, width, 3)` as `00.jpg`, `01.jpg`, ..."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{index:02d}.jpg" for index in range(len(images))]
     for path, image in zip(paths, images, strict=True):
@@ -70,7 +70,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a ``history.jsonl``, in order; what follows the last line break is a torn line."""
+    """Records of a `history.jsonl`, in order; what follows the last line break is a torn line."""
     if not path.is_file():
         return []
     lines = path.read_bytes().split(b"\n")

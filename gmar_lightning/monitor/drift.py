@@ -9,11 +9,11 @@ def rank_correlation(maps_a: np.ndarray, maps_b: np.ndarray) -> np.ndarray:
     Ties share their average rank.
 
     Args:
-        maps_a: ``(images, grid_h, grid_w)``.
+        maps_a: `(images, grid_h, grid_w)`.
         maps_b: same shape.
 
     Returns:
-        ``(images,)``; NaN where a map is constant or not finite, as it has no order.
+        `(images,)`; NaN where a map is constant or not finite, as it has no order.
 
     Raises:
         ValueError: the shapes differ.
@@ -26,20 +26,20 @@ def rank_correlation(maps_a: np.ndarray, maps_b: np.ndarray) -> np.ndarray:
 
 
 def top_overlap(maps_a: np.ndarray, maps_b: np.ndarray, fraction: float = 0.2) -> np.ndarray:
-    """Part of the hottest patches that two maps have in common, per image: 1 all, ``fraction`` by chance.
+    """Part of the hottest patches that two maps have in common, per image: 1 all, `fraction` by chance.
 
     Patches tied at the border count in part, so that the order of patches does not matter.
 
     Args:
-        maps_a: ``(images, grid_h, grid_w)``.
+        maps_a: `(images, grid_h, grid_w)`.
         maps_b: same shape.
         fraction: how much of a map counts as hottest, above 0 and up to 1; at least one patch.
 
     Returns:
-        ``(images,)`` between 0 and 1; NaN where a map is constant or not finite.
+        `(images,)` between 0 and 1; NaN where a map is constant or not finite.
 
     Raises:
-        ValueError: the shapes differ, or ``fraction`` is outside its range.
+        ValueError: the shapes differ, or `fraction` is outside its range.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be above 0 and up to 1, not {fraction}")

@@ -14,13 +14,13 @@ class HeadEvent:
 
     Attributes:
         step: Step of the probe that decided it.
-        kind: ``collapsed``, ``recovered``, ``dormant``, ``woke``, ``dominance``, ``dominance_end``,
-            ``layer_vanishing``, ``layer_restored``, ``global_shrink``, ``global_restored``, ``nonfinite``.
+        kind: `collapsed`, `recovered`, `dormant`, `woke`, `dominance`, `dominance_end`,
+            `layer_vanishing`, `layer_restored`, `global_shrink`, `global_restored`, `nonfinite`.
         layer: Index of the layer; None for the whole model.
         head: Index of the head in its layer; None for a layer or the whole model.
         layer_name: Name of the layer; empty for the whole model.
         value: For a head, its share of the layer's importance now, 0 to 1. For a layer or the model, the sum
-            of raw importance now. For ``nonfinite``, how many entries were not finite.
+            of raw importance now. For `nonfinite`, how many entries were not finite.
         reference: The same quantity at the highest level that was held for three probes.
         since_step: Step of the first probe at which the condition held.
         message: The event in one sentence, with its numbers.
@@ -50,12 +50,12 @@ class HeadState:
     """Where one head stands now.
 
     Attributes:
-        status: ``warming`` (too few probes to judge), ``alive``, ``collapsed`` or ``dormant``.
+        status: `warming` (too few probes to judge), `alive`, `collapsed` or `dormant`.
         share: Its share of the layer's importance at the last probe, 0 to 1.
         peak_share: The highest share it held for three probes.
         kept: Raw importance as a fraction of the highest level it held for three probes; NaN before there
             is one.
-        since_step: First step of the present ``collapsed`` or ``dormant`` episode, else None.
+        since_step: First step of the present `collapsed` or `dormant` episode, else None.
     """
 
     status: str
@@ -67,7 +67,7 @@ class HeadState:
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """One probe's numbers, and the events made from them; arrays are ``(layers, heads)``.
+    """One probe's numbers, and the events made from them; arrays are `(layers, heads)`.
 
     Attributes:
         step: Step of the probe.
@@ -76,7 +76,7 @@ class ProbeReport:
         share: Share of the layer's importance.
         peak: Highest raw importance each head held before this probe.
         peak_share: Highest share each head held before this probe.
-        heads: Heads of each layer, ``(layers, 1)``.
+        heads: Heads of each layer, `(layers, 1)`.
     """
 
     step: int
@@ -110,7 +110,7 @@ class ProbeReport:
         return HeadEvent(self.step, kind, layer, head, self.names[layer], share, reference, since, message)
 
     def layer(self, kind: str, layer: int, best: float, since: int) -> HeadEvent:
-        """An event of one layer; ``best`` is what its best-kept head kept."""
+        """An event of one layer; `best` is what its best-kept head kept."""
         value, reference = float(self.raw[layer].sum()), float(self.peak[layer].sum())
         name = self.names[layer]
         if reference == 0:
@@ -144,7 +144,7 @@ class ProbeReport:
 
 
 def nonfinite_event(step: int, bad: np.ndarray, names: Sequence[str]) -> HeadEvent:
-    """The event for entries that are NaN or infinite, ``bad`` ``(layers, heads)`` with at least one True."""
+    """The event for entries that are NaN or infinite, `bad` `(layers, heads)` with at least one True."""
     layers, heads = np.nonzero(bad)
     layer = int(layers[0]) if len(set(layers.tolist())) == 1 else None
     head = int(heads[0]) if len(heads) == 1 else None

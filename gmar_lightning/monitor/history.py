@@ -30,8 +30,8 @@ class History:
 
     Attributes:
         dir: the folder.
-        run: content of ``run.json``: layers, heads per layer, class names, settings, segments.
-        records: one dictionary per probe, in order; a failed probe has ``error`` and no importance.
+        run: content of `run.json`: layers, heads per layer, class names, settings, segments.
+        records: one dictionary per probe, in order; a failed probe has `error` and no importance.
     """
 
     def __init__(self, dir: str | Path, run: Mapping[str, Any], records: Sequence[Mapping[str, Any]] = ()):
@@ -41,11 +41,11 @@ class History:
 
     @classmethod
     def create(cls, dir: str | Path, run: Mapping[str, Any]) -> "History":
-        """Start an empty record; one already in ``dir`` is moved to ``dir/previous_01`` (then 02, ...).
+        """Start an empty record; one already in `dir` is moved to `dir/previous_01` (then 02, ...).
 
         Args:
             dir: the folder, made if missing.
-            run: what ``run.json`` shall hold; ``format`` and the first segment are filled in.
+            run: what `run.json` shall hold; `format` and the first segment are filled in.
         """
         folder = Path(dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,8 +61,8 @@ class History:
         """Read a record back; a line torn by a killed process is left out.
 
         Raises:
-            FileNotFoundError: no record in ``dir``.
-            ValueError: ``run.json`` is unreadable, or written by a newer version of this package.
+            FileNotFoundError: no record in `dir`.
+            ValueError: `run.json` is unreadable, or written by a newer version of this package.
         """
         folder = Path(dir)
         if not (folder / "run.json").is_file():
@@ -82,8 +82,8 @@ class History:
         arrays become lists, dataclasses become dictionaries.
 
         Args:
-            record: needs ``step`` and ``global_step``.
-            heatmaps: ``(images, grid_h, grid_w)``, stored as float16.
+            record: needs `step` and `global_step`.
+            heatmaps: `(images, grid_h, grid_w)`, stored as float16.
 
         Raises:
             ValueError: the probe does not come after the last one (call `rewind` first), or a table of
@@ -108,7 +108,7 @@ class History:
         self.records.append({**plain(dict(record)), "maps": None})
 
     def rewind(self, global_step: int) -> None:
-        """Drop every probe after ``global_step``, as a run resumed from a checkpoint will repeat them.
+        """Drop every probe after `global_step`, as a run resumed from a checkpoint will repeat them.
 
         Their maps and pictures go too, as does a torn line and any segment left without a probe.
         """
@@ -129,11 +129,11 @@ class History:
         Args:
             fingerprint: of the new images.
             from_step: first step probed with them.
-            changes: what else differs from the first segment (``labels``, ``num_images``,
-                ``num_heatmaps``, ``grid``).
+            changes: what else differs from the first segment (`labels`, `num_images`,
+                `num_heatmaps`, `grid`).
 
         Returns:
-            The number that the following records carry as ``segment``.
+            The number that the following records carry as `segment`.
         """
         number = 1 + max(segment["segment"] for segment in self.run["segments"])
         segment = {"segment": number, "fingerprint": fingerprint, "from_step": from_step, **(changes or {})}
@@ -141,16 +141,16 @@ class History:
         return number
 
     def update_run(self, changes: Mapping[str, Any]) -> None:
-        """Change entries of ``run.json``, for what is known only after the first probe."""
+        """Change entries of `run.json`, for what is known only after the first probe."""
         self.run.update(changes)
         self._write_run()
 
     def save_inputs(self, images: Sequence[np.ndarray], segment: int = 0) -> list[Path]:
-        """Write the clean photographs, each uint8 ``(height, width, 3)``; returns their paths."""
+        """Write the clean photographs, each uint8 `(height, width, 3)`; returns their paths."""
         return write_jpegs(self._input_dir(segment), images)
 
     def save_overlays(self, step: int, global_step: int, images: Sequence[np.ndarray]) -> list[Path]:
-        """Write a probe's overlays, each uint8 ``(height, width, 3)``; returns their paths."""
+        """Write a probe's overlays, each uint8 `(height, width, 3)`; returns their paths."""
         return write_jpegs(self.dir / "heatmaps" / self.stem(step, global_step), images)
 
     def stem(self, step: int, global_step: int) -> str:
@@ -160,7 +160,7 @@ class History:
 
     @property
     def steps(self) -> np.ndarray:
-        """Step of each probe, ``(probes,)``, failed ones included."""
+        """Step of each probe, `(probes,)`, failed ones included."""
         return np.array([record["step"] for record in self.records], dtype=np.int64)
 
     @property
@@ -183,23 +183,23 @@ class History:
         return sorted(self._input_dir(segment).glob("*.jpg"))
 
     def segment_run(self, segment: int) -> dict[str, Any]:
-        """``run`` with the entries that differ in ``segment``."""
+        """`run` with the entries that differ in `segment`."""
         changes = next((s for s in self.run["segments"] if s["segment"] == segment), {})
         return {**self.run, **changes}
 
     def values(self, name: str, step: int | None = None) -> np.ndarray:
-        """Head values called ``name``, one of `HEAD_VALUES`.
+        """Head values called `name`, one of `HEAD_VALUES`.
 
         Args:
-            name: for example ``"entropy"``.
+            name: for example `"entropy"`.
             step: one probe, or None for all.
 
         Returns:
-            ``(layers, heads)``, or ``(probes, layers, heads)``; NaN for a failed probe, for a value that
+            `(layers, heads)`, or `(probes, layers, heads)`; NaN for a failed probe, for a value that
             was not recorded, and where a layer has fewer heads than the widest.
 
         Raises:
-            KeyError: no probe at ``step``, or no such value.
+            KeyError: no probe at `step`, or no such value.
         """
         if name not in HEAD_VALUES:
             raise KeyError(f"{name!r} is not one of {', '.join(HEAD_VALUES)}")
@@ -209,7 +209,7 @@ class History:
         return np.stack(tables) if tables else np.empty((0, *self._shape()))
 
     def importance(self, step: int | None = None) -> np.ndarray:
-        """Raw importance ``(layers, heads)`` at ``step``, or of all probes ``(probes, layers, heads)``."""
+        """Raw importance `(layers, heads)` at `step`, or of all probes `(probes, layers, heads)`."""
         return self.values("importance", step)
 
     def shares(self, step: int | None = None) -> np.ndarray:
@@ -217,10 +217,10 @@ class History:
         return self.values("shares", step)
 
     def heatmaps(self, step: int) -> np.ndarray:
-        """Raw maps of a probe, float32 ``(images, grid_h, grid_w)``.
+        """Raw maps of a probe, float32 `(images, grid_h, grid_w)`.
 
         Raises:
-            KeyError: no probe at ``step``, or it has no maps.
+            KeyError: no probe at `step`, or it has no maps.
         """
         maps = self.maps_of(self._at(step))
         if maps is None:
@@ -228,12 +228,12 @@ class History:
         return maps
 
     def maps_of(self, record: Mapping[str, Any]) -> np.ndarray | None:
-        """A record's maps, float32 ``(images, grid_h, grid_w)``; None if there are none."""
+        """A record's maps, float32 `(images, grid_h, grid_w)`; None if there are none."""
         path = self.dir / "maps" / f"{record.get('maps')}.npz"
         return read_maps(path) if record.get("maps") and path.is_file() else None
 
     def metric(self, name: str) -> np.ndarray:
-        """A value the trainer had logged at each probe, ``(probes,)``; NaN where it had not."""
+        """A value the trainer had logged at each probe, `(probes,)`; NaN where it had not."""
         found = [(record.get("metrics") or {}).get(name) for record in self.records]
         return np.array([np.nan if value is None else value for value in found], dtype=np.float64)
 
@@ -273,7 +273,7 @@ class History:
         return len(self.heads), max(self.heads, default=0)
 
     def table(self, record: Mapping[str, Any], name: str) -> np.ndarray:
-        """A record's head values ``name`` as ``(layers, heads)``, NaN where there are none."""
+        """A record's head values `name` as `(layers, heads)`, NaN where there are none."""
         table = np.full(self._shape(), np.nan)
         for layer, row in enumerate((record.get(name) or [])[: len(table)]):
             cells = row[: self.heads[layer]]

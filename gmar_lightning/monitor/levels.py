@@ -10,7 +10,7 @@ MOST = 0.75  # "the model" shrank when this fraction of its layers did
 
 
 def shares(raw: np.ndarray) -> np.ndarray:
-    """Fraction of the layer's sum, ``(layers, heads)``; zero in a layer that is all zero."""
+    """Fraction of the layer's sum, `(layers, heads)`; zero in a layer that is all zero."""
     total = raw.sum(axis=1, keepdims=True)
     return np.divide(raw, total, out=np.zeros_like(raw), where=total > 0)
 
@@ -33,7 +33,7 @@ def most_of_the_others(values: np.ndarray) -> np.ndarray:
 
 
 def lower_median(values: np.ndarray) -> np.ndarray:
-    """Median of each row's numbers, the lower of two; 0 for a row of NaN; ``(layers, 1)``."""
+    """Median of each row's numbers, the lower of two; 0 for a row of NaN; `(layers, 1)`."""
     ordered = np.sort(values, axis=1)
     count = np.isfinite(values).sum(axis=1, keepdims=True)
     middle = np.take_along_axis(ordered, np.maximum(count - 1, 0) // 2, axis=1)

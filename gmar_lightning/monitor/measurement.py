@@ -17,16 +17,6 @@ from gmar_lightning.explain.gmar import GMARResult, gmar
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.sharding import gathered
 
-__all__ = [
-    "Measurement",
-    "ProbeError",
-    "agreed_probe",
-    "measure",
-    "on_every_process",
-    "refused",
-    "share_of",
-]
-
 
 class ProbeError(RuntimeError):
     """A probe failed on another process; says where and why.

@@ -18,8 +18,6 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from gmar_lightning.explain.isolation import isolated_random_state
 
-__all__ = ["ProbeBatch", "draw_probe", "unpack_batch"]
-
 IMAGE_KEYS = ("images", "image", "pixel_values", "inputs", "input", "x", "img")
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 # Candidates read per probe image when a data set does not say its labels up front.

@@ -9,10 +9,10 @@ import torch
 
 
 def as_array(importance: torch.Tensor | np.ndarray, shape: tuple[int, ...] | None) -> np.ndarray:
-    """A float64 copy of importance ``(layers, heads)``.
+    """A float64 copy of importance `(layers, heads)`.
 
     Raises:
-        ValueError: Another number of dimensions, no entries, or not ``shape`` where one is given.
+        ValueError: Another number of dimensions, no entries, or not `shape` where one is given.
     """
     if isinstance(importance, torch.Tensor):
         importance = importance.detach().to("cpu", torch.float64).numpy()
@@ -38,9 +38,9 @@ def checked_names(raw: np.ndarray, layers: Sequence[str] | None, before: list[st
 
 
 def nonfinite(raw: np.ndarray, present: np.ndarray | None) -> np.ndarray:
-    """Entries that should be numbers and are not, ``(layers, heads)``.
+    """Entries that should be numbers and are not, `(layers, heads)`.
 
-    NaN is padding where no head was ever seen; at the first probe (``present`` is None), behind the last
+    NaN is padding where no head was ever seen; at the first probe (`present` is None), behind the last
     number of a layer.
     """
     finite = np.isfinite(raw)

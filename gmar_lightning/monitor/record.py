@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from gmar_lightning.monitor.collapse import HeadEvent
 from gmar_lightning.monitor.drift import rank_correlation, top_overlap
+from gmar_lightning.monitor.events import HeadEvent
 from gmar_lightning.monitor.measurement import Measurement
-
-__all__ = ["DriftTracker", "failure_record", "probe_record"]
 
 
 class DriftTracker:

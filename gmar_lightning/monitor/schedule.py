@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["Every"]
-
 
 class Every:
     """Due whenever a counter has crossed a multiple of the interval since it was last asked.

@@ -11,14 +11,13 @@ from typing import Any, Literal
 from torch import nn
 
 from gmar_lightning.explain.gmar import GMARResult
-from gmar_lightning.monitor.collapse import CollapseDetector, HeadEvent
+from gmar_lightning.monitor.collapse import CollapseDetector
 from gmar_lightning.monitor.confirmation import confirm_by_ablation
+from gmar_lightning.monitor.events import HeadEvent
 from gmar_lightning.monitor.measurement import Measurement, measure, refused
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.record import failure_record, probe_record
 from gmar_lightning.monitor.trust import FAITHFULNESS_NAMES, faithfulness_of
-
-__all__ = ["MOST_FAILURES", "Outcome", "ProbeSession"]
 
 MOST_FAILURES = 3
 

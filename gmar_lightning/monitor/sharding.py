@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-__all__ = ["gathered"]
-
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:

@@ -11,12 +11,10 @@ import torch
 from torch import nn
 
 from gmar_lightning.explain.faithfulness import live_faithfulness
-from gmar_lightning.explain.gmar import classifier_of
+from gmar_lightning.explain.inputs import classifier_of
 from gmar_lightning.monitor.measurement import Measurement, on_every_process, share_of
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.sharding import gathered
-
-__all__ = ["FAITHFULNESS_NAMES", "faithfulness_of"]
 
 _VALUES = ("insertion_minus_deletion", "average_drop")
 FAITHFULNESS_NAMES = tuple(

@@ -18,7 +18,7 @@ _PATH = np.array(
 
 
 def oklab_to_rgb(lab: np.ndarray) -> np.ndarray:
-    """OKLab ``(..., 3)`` to sRGB in 0..1, unclipped. Matrices: Björn Ottosson, "A perceptual color space", 2020."""
+    """OKLab `(..., 3)` to sRGB in 0..1, unclipped. Matrices: Björn Ottosson, "A perceptual color space", 2020."""
     to_cone = np.array(
         [
             [1, 0.3963377774, 0.2158037573],
@@ -39,7 +39,7 @@ def oklab_to_rgb(lab: np.ndarray) -> np.ndarray:
 
 
 def heat_table(size: int = 256) -> np.ndarray:
-    """The colour scale, uint8 ``(size, 3)``: equal steps of the value are equal steps to the eye (OKLab)."""
+    """The colour scale, uint8 `(size, 3)`: equal steps of the value are equal steps to the eye (OKLab)."""
     at = np.linspace(0, len(_PATH) - 1, 4096)
     smooth = np.stack([_smooth(at, column) for column in _PATH.T], axis=1)
     lab = _fit_gamut(smooth)

@@ -1,4 +1,4 @@
-"""Runs side by side for the terminal, and the command ``report``."""
+"""Runs side by side for the terminal, and the command `report`."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ from gmar_lightning.show.verdict import FINDINGS, collapses, drift_from_first, e
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``python -m gmar_lightning report``."""
+    """The arguments of `python -m gmar_lightning report`."""
     parser.add_argument(
         "dirs", nargs="+", type=Path, metavar="DIR", help="folder of a record, or of a run with a gmar folder"
     )
@@ -37,7 +37,7 @@ def report_command(arguments: argparse.Namespace) -> int:
         arguments: as parsed with `add_arguments`.
 
     Returns:
-        Exit code: 0, or 1 when a run has a finding named by ``--fail-on``, or 2 when a folder holds no
+        Exit code: 0, or 1 when a run has a finding named by `--fail-on`, or 2 when a folder holds no
         usable record or the report cannot be written.
     """
     folders = [_record_folder(folder) for folder in arguments.dirs]
@@ -78,7 +78,7 @@ def compare(histories: Sequence[History], names: Sequence[str] | None = None) ->
 
 
 def layer_change(history: History) -> np.ndarray:
-    """Raw importance of each layer at the last probe, as a multiple of that at the first, ``(layers,)``."""
+    """Raw importance of each layer at the last probe, as a multiple of that at the first, `(layers,)`."""
     first, last = (np.nansum(history.table(record, "importance"), axis=1) for record in ends(history))
     return np.divide(last, first, out=np.full_like(last, np.nan), where=first > 0)
 

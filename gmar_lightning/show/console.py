@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["alarm_text", "closing_lines", "event_table"]
-
 
 def closing_lines(
     *,

@@ -1,4 +1,4 @@
-"""Pictures of the heads: the grid of one probe and the raster of a whole run. uint8 ``(height, width, 3)``."""
+"""Pictures of the heads: the grid of one probe and the raster of a whole run. uint8 `(height, width, 3)`."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -25,14 +25,14 @@ def importance_grid(
     """Every head's share of its layer as a cell, on a scale that never changes.
 
     Args:
-        shares: ``(layers, heads)``, sum 1 over the heads of a layer; NaN where a layer has no such head
+        shares: `(layers, heads)`, sum 1 over the heads of a layer; NaN where a layer has no such head
             or nothing was measured.
-        flagged: ``(layer, head)`` pairs to cross out.
+        flagged: `(layer, head)` pairs to cross out.
         layers: names for the rows, shortened to what tells them apart; numbers by default.
         top: end of the colour scale, in fair shares (1 = what each head has when all are equal).
 
     Returns:
-        uint8 ``(height, width, 3)``.
+        uint8 `(height, width, 3)`.
     """
     relative = relative_shares(shares)
     rows, columns = relative.shape
@@ -72,14 +72,14 @@ def evolution_raster(
     are averaged.
 
     Args:
-        shares: ``(probes, layers, heads)``; NaN rows are probes that failed.
-        steps: ``(probes,)``.
-        events: flags with ``kind``, ``step``, ``layer`` and ``head``; collapses are marked on their row.
+        shares: `(probes, layers, heads)`; NaN rows are probes that failed.
+        steps: `(probes,)`.
+        events: flags with `kind`, `step`, `layer` and `head`; collapses are marked on their row.
         layers: names for the rows.
         top: end of the colour scale, in fair shares.
 
     Returns:
-        uint8 ``(height, width, 3)``.
+        uint8 `(height, width, 3)`.
     """
     probes, depth, heads = max(len(shares), 1), shares.shape[1], shares.shape[2]
     relative = relative_shares(shares) if len(shares) else np.full((1, depth, heads), np.nan)
@@ -112,13 +112,13 @@ def evolution_raster(
 
 
 def relative_shares(shares: np.ndarray) -> np.ndarray:
-    """Shares ``(..., layers, heads)`` in fair shares: 1 is what each head of the layer has when all are equal."""
+    """Shares `(..., layers, heads)` in fair shares: 1 is what each head of the layer has when all are equal."""
     values = np.asarray(shares, dtype=np.float64)
     return values * np.isfinite(values).sum(axis=-1, keepdims=True)
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Names without the beginning and the end that all share, cut at dots: ``blocks.3.attn`` -> ``3``."""
+    """Names without the beginning and the end that all share, cut at dots: `blocks.3.attn` -> `3`."""
     parts = [name.split(".") for name in names]
     while len({tuple(p[:1]) for p in parts}) == 1 and min(map(len, parts)) > 1:
         parts = [p[1:] for p in parts]

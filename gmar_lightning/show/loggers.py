@@ -11,16 +11,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = [
-    "Publication",
-    "close_logger",
-    "offline_run",
-    "open_logger",
-    "publish",
-    "raise_alert",
-    "shows_pictures",
-]
-
 # W&B truncates a list of images here, silently.
 _MOST_IMAGES = 108
 _STEP = "trainer/global_step"

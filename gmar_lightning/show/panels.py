@@ -13,8 +13,6 @@ from gmar_lightning.monitor.history import History
 from gmar_lightning.show.grids import evolution_raster, importance_grid, relative_shares
 from gmar_lightning.show.render import overlay
 
-__all__ = ["as_metrics", "captions", "effective_heads", "hidden_names", "pictures", "scalars"]
-
 
 def scalars(record: Mapping[str, Any], heads: Sequence[int], per_head: bool = False) -> dict[str, float]:
     """The numbers of one probe, always under the same names.

@@ -25,8 +25,6 @@ from gmar_lightning.show.loggers import (
 from gmar_lightning.show.report import write_report
 from gmar_lightning.version import __version__
 
-__all__ = ["Publisher"]
-
 
 class Publisher:
     """Writes each probe to the record and shows it to the loggers.

@@ -1,4 +1,4 @@
-"""Photographs under their heatmaps, and the door to the other pictures. numpy and PIL; uint8 in, uint8 out."""
+"""Photographs under their heatmaps. numpy and PIL; uint8 in, uint8 out."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,18 +7,6 @@ import numpy as np
 from PIL import Image
 
 from gmar_lightning.show.colour import HEAT
-from gmar_lightning.show.grids import evolution_raster, importance_grid, relative_shares, short_names
-
-__all__ = [
-    "contact_sheet",
-    "enlarged",
-    "evolution_raster",
-    "importance_grid",
-    "overlay",
-    "relative_shares",
-    "short_names",
-    "to_uint8_image",
-]
 
 
 def to_uint8_image(
@@ -26,18 +14,18 @@ def to_uint8_image(
 ) -> np.ndarray:
     """What the model saw, as a photograph.
 
-    Floating values are de-normalised with ``mean`` and ``std`` when given; values outside 0 to 1 without
+    Floating values are de-normalised with `mean` and `std` when given; values outside 0 to 1 without
     them are stretched to the image's own range, as nothing else is known about it. Integers are taken
     as 0 to 255.
 
     Args:
-        image: ``(channels, height, width)`` or ``(height, width, channels)`` with 1 or 3 channels (of more,
-            the first three), or ``(height, width)``; array or tensor of any dtype on any device.
+        image: `(channels, height, width)` or `(height, width, channels)` with 1 or 3 channels (of more,
+            the first three), or `(height, width)`; array or tensor of any dtype on any device.
         mean: per channel, in the order of the channels.
         std: per channel.
 
     Returns:
-        uint8 ``(height, width, 3)``. NaN becomes mid-grey.
+        uint8 `(height, width, 3)`. NaN becomes mid-grey.
 
     Raises:
         ValueError: not an image of these shapes.
@@ -62,7 +50,7 @@ def enlarged(image: np.ndarray, least: int = 192) -> np.ndarray:
     """An image whose longer side is under `least` pixels, enlarged to it; others as they are.
 
     Args:
-        image: uint8 ``(height, width, 3)``.
+        image: uint8 `(height, width, 3)`.
         least: pixels.
     """
     height, width = image.shape[:2]
@@ -80,12 +68,12 @@ def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.75) -> np.n
     patches that are not finite are striped.
 
     Args:
-        image: uint8 ``(height, width, 3)``.
-        heatmap: ``(grid_h, grid_w)``, any range.
+        image: uint8 `(height, width, 3)`.
+        heatmap: `(grid_h, grid_w)`, any range.
         alpha: opacity of the hottest patch, 0 to 1.
 
     Returns:
-        uint8 ``(height, width, 3)``.
+        uint8 `(height, width, 3)`.
     """
     height, width = image.shape[:2]
     grid = np.asarray(heatmap, dtype=np.float32)
@@ -105,7 +93,7 @@ def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.75) -> np.n
 
 
 def contact_sheet(images: Sequence[np.ndarray], columns: int = 8, gap: int = 4) -> np.ndarray:
-    """Images uint8 ``(height, width, 3)`` side by side on white, each fitted into the first one's size."""
+    """Images uint8 `(height, width, 3)` side by side on white, each fitted into the first one's size."""
     height, width = images[0].shape[:2]
     rows = -(-len(images) // columns)
     columns = min(columns, len(images))

@@ -36,7 +36,7 @@ def write_report(dirs: Sequence[str | Path] | str | Path, out: str | Path | None
 
     Args:
         dirs: folder of one record, or several.
-        out: the file; by default ``report.html`` in the first folder.
+        out: the file; by default `report.html` in the first folder.
 
     Returns:
         Path of the file.
@@ -58,7 +58,7 @@ def write_report(dirs: Sequence[str | Path] | str | Path, out: str | Path | None
 
 
 def render_report(histories: Sequence[History], names: Sequence[str]) -> str:
-    """The report as HTML text; ``names`` are shown for the runs."""
+    """The report as HTML text; `names` are shown for the runs."""
     template = files("gmar_lightning.show").joinpath("report.html").read_text(encoding="utf-8")
     limit = _LIMIT_ONE if len(histories) == 1 else _LIMIT_SEVERAL
     share = (limit - len(template)) // len(histories)
@@ -72,7 +72,7 @@ def render_report(histories: Sequence[History], names: Sequence[str]) -> str:
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
-    """Shortest endings of the paths that tell the runs apart; a last part ``gmar`` is left out."""
+    """Shortest endings of the paths that tell the runs apart; a last part `gmar` is left out."""
     parts = [folder.resolve().parts[1:] or ("run",) for folder in folders]
     parts = [p[:-1] if p[-1] == "gmar" and len(p) > 1 else p for p in parts]
     for length in range(1, max(map(len, parts)) + 1):

@@ -42,7 +42,7 @@ _HEADLINES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a rule found: ``kind`` is one of `FINDINGS`, ``text`` a sentence with its numbers."""
+    """One thing that a rule found: `kind` is one of `FINDINGS`, `text` a sentence with its numbers."""
 
     kind: str
     text: str
@@ -62,7 +62,7 @@ class HeadCollapse:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A run in words: ``headline`` (``healthy`` when no rule of `ALARMS` fired) and what was found."""
+    """A run in words: `headline` (`healthy` when no rule of `ALARMS` fired) and what was found."""
 
     headline: str
     findings: tuple[Finding, ...]
@@ -80,11 +80,11 @@ class Verdict:
 def judge(history: History) -> Verdict:
     """The verdict on a run.
 
-    Rules, in order of the headline: ``nonfinite`` (importance was NaN or infinite at a probe), ``diverged``
+    Rules, in order of the headline: `nonfinite` (importance was NaN or infinite at a probe), `diverged`
     (the loss ended above twice its lowest value and more than half the way back to where it began, or was
-    not finite), ``collapse`` (heads still collapsed at the end), ``layer_vanishing`` (a layer still without
-    gradient at the end), ``nothing_learned`` (accuracy gained less than 2 points and the loss fell less than
-    5 %). With fewer than 6 good probes and no alarm, it is ``too early to say``. Reported without alarm:
+    not finite), `collapse` (heads still collapsed at the end), `layer_vanishing` (a layer still without
+    gradient at the end), `nothing_learned` (accuracy gained less than 2 points and the loss fell less than
+    5 %). With fewer than 6 good probes and no alarm, it is `too early to say`. Reported without alarm:
     dominance at the end, failed probes, drift (median rank correlation with the first maps below 0.3),
     heads that recovered, dormant heads, gradients that shrank everywhere.
     """
@@ -124,10 +124,10 @@ def effective_heads(shares: np.ndarray) -> np.ndarray:
     """How many heads a layer really uses: the exponential of the entropy of its shares.
 
     Args:
-        shares: ``(..., layers, heads)``, sum 1 over heads, NaN for heads that do not exist.
+        shares: `(..., layers, heads)`, sum 1 over heads, NaN for heads that do not exist.
 
     Returns:
-        ``(..., layers)``: between 1 and the number of heads; NaN without data.
+        `(..., layers)`: between 1 and the number of heads; NaN without data.
     """
     safe = np.where(np.isfinite(shares) & (shares > 0), shares, 1.0)
     found = np.exp(-(safe * np.log(safe)).sum(axis=-1))
@@ -135,7 +135,7 @@ def effective_heads(shares: np.ndarray) -> np.ndarray:
 
 
 def drift_from_first(history: History) -> np.ndarray:
-    """Median rank correlation with the first maps over the images, ``(probes,)``; NaN without maps."""
+    """Median rank correlation with the first maps over the images, `(probes,)`; NaN without maps."""
     return np.array([_median(_drift(record, "rank_correlation_first")) for record in history.records])
 
 

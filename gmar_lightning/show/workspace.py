@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["create", "layout"]
-
 _HOW_TO_READ = """\
 **Collapsed heads** above 0 is an alarm: look up the head in *head evolution*, a dark streak
 from the step of the flag.

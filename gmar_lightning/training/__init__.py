@@ -1,1 +1,1 @@
-"""What ``train.py`` trains; replaceable by your own LightningModule and data."""
+"""What `train.py` trains; replaceable by your own LightningModule and data."""

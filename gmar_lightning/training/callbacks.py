@@ -16,13 +16,13 @@ class FreezeBackbone(Callback):
 
     While frozen, the backbone is in eval mode (no dropout, no stochastic depth). Its parameters are in the
     optimizer from the start, with their own learning rates, and take part once they get gradients. With
-    several processes, use ``strategy: ddp_find_unused_parameters_true``.
+    several processes, use `strategy: ddp_find_unused_parameters_true`.
 
     Args:
         until_epoch: the epoch (counted from 0) in which the backbone starts to learn; None: never.
 
     Raises:
-        ValueError: ``until_epoch`` is not positive.
+        ValueError: `until_epoch` is not positive.
     """
 
     def __init__(self, until_epoch: int | None = None):
@@ -49,7 +49,7 @@ class ScaleLearningRate(Callback):
         factor: what the rates are multiplied with.
 
     Raises:
-        ValueError: ``epoch`` is negative or ``factor`` not positive.
+        ValueError: `epoch` is negative or `factor` not positive.
     """
 
     def __init__(self, epoch: int, factor: float):

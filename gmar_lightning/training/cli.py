@@ -1,4 +1,4 @@
-"""The command line of ``train.py``: Lightning's own, with this project's defaults."""
+"""The command line of `train.py`: Lightning's own, with this project's defaults."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ from gmar_lightning.training.folder import ImageFolder
 from gmar_lightning.training.model import Classifier
 from gmar_lightning.training.planted import Cells, WatermarkedDigits
 
-# Imported so that short names, as in ``--data Digits``, are found.
+# Imported so that short names, as in `--data Digits`, are found.
 SHORT_NAMES = (
     *(Cells, Cifar10, Cifar100, Digits, ImageFolder, OxfordPets, WatermarkedDigits),
     *(EvidenceShare, FreezeBackbone, ScaleLearningRate),
@@ -24,7 +24,7 @@ class TrainCLI(LightningCLI):
     """LightningCLI in which the data tells the model its classes and image size, and runs have a name."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--run_name`` and the links from data to model."""
+        """Add `--run_name` and the links from data to model."""
         parser.add_argument("--run_name", default="run", help="Name of the run in every logger.")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
@@ -47,7 +47,7 @@ def main(defaults: Path | None = None, arguments: list[str] | None = None) -> Tr
         arguments: what to run; None reads the process's own arguments.
 
     Returns:
-        The command line after the run, with ``model``, ``datamodule`` and ``trainer``.
+        The command line after the run, with `model`, `datamodule` and `trainer`.
     """
     # Weights & Biases needs no account and asks nothing, unless WANDB_MODE=online is set.
     os.environ.setdefault("WANDB_MODE", "offline")

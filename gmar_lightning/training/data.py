@@ -19,23 +19,23 @@ IMAGENET_STD = [0.229, 0.224, 0.225]
 
 
 class ImageData(LightningDataModule):
-    """Train and validation loaders of ``(images, labels)``; a subclass says what the two sets are.
+    """Train and validation loaders of `(images, labels)`; a subclass says what the two sets are.
 
-    Batches hold normalised float images ``(batch, 3, image_size, image_size)`` and integer labels
-    ``(batch,)``; sets that know where the evidence lies add boolean masks
-    ``(batch, image_size, image_size)`` as a third element.
+    Batches hold normalised float images `(batch, 3, image_size, image_size)` and integer labels
+    `(batch,)`; sets that know where the evidence lies add boolean masks
+    `(batch, image_size, image_size)` as a third element.
 
     Args:
         image_size: side of the square images in pixels.
         batch_size: images per batch and process.
         num_workers: loader processes; 0 loads in the training process.
         mean: channel means that images are normalised with; None takes the model's own
-            (``pretrained_cfg``), or ImageNet's where there is no model.
-        std: channel standard deviations, as ``mean``.
+            (`pretrained_cfg`), or ImageNet's where there is no model.
+        std: channel standard deviations, as `mean`.
 
     Attributes:
-        num_classes: number of classes, known before ``setup``.
-        class_names: one name per class in label order, or None until ``setup`` has found them.
+        num_classes: number of classes, known before `setup`.
+        class_names: one name per class in label order, or None until `setup` has found them.
     """
 
     num_classes: int
@@ -67,7 +67,7 @@ class ImageData(LightningDataModule):
 
     @abstractmethod
     def splits(self) -> tuple[Dataset, Dataset]:
-        """Return the training and the validation set; ``mean`` and ``std`` are final by now."""
+        """Return the training and the validation set; `mean` and `std` are final by now."""
 
     def setup(self, stage: str | None = None) -> None:
         """Settle the normalisation and make the two sets, once."""
@@ -110,10 +110,10 @@ class LabelledImages(Dataset):
     """Images held in memory, with labels and, where they are known, masks of the evidence.
 
     Args:
-        images: uint8 tensor ``(count, 3, height, width)``.
-        labels: int64 tensor ``(count,)``.
+        images: uint8 tensor `(count, 3, height, width)`.
+        labels: int64 tensor `(count,)`.
         transform: called on each image.
-        masks: bool tensor ``(count, height, width)``, True where the evidence for the label lies.
+        masks: bool tensor `(count, height, width)`, True where the evidence for the label lies.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ def stratified_split(labels: Sequence[int], val_fraction: float, seed: int) -> t
         Sorted indices of the training and of the validation items.
 
     Raises:
-        ValueError: ``val_fraction`` is not inside (0, 1), or a class has fewer than two items.
+        ValueError: `val_fraction` is not inside (0, 1), or a class has fewer than two items.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
@@ -165,8 +165,8 @@ def digit_arrays(val_fraction: float, seed: int) -> tuple[tuple[Tensor, Tensor],
     handwritten digits data, by Alpaydin and Kaynak), so nothing is downloaded.
 
     Returns:
-        ``(images, labels)`` to train and to validate on: grey float values in [0, 1] of shape
-        ``(count, 8, 8)`` and int64 labels ``(count,)``.
+        `(images, labels)` to train and to validate on: grey float values in [0, 1] of shape
+        `(count, 8, 8)` and int64 labels `(count,)`.
     """
     images, labels = cast(tuple[np.ndarray, np.ndarray], load_digits(return_X_y=True))
     pixels = torch.from_numpy(images).float().reshape(-1, 8, 8) / 16
@@ -176,7 +176,7 @@ def digit_arrays(val_fraction: float, seed: int) -> tuple[tuple[Tensor, Tensor],
 
 
 def enlarge(grey: Tensor, size: int) -> Tensor:
-    """Turn grey values in [0, 1] ``(count, h, w)`` into uint8 images ``(count, 3, size, size)``."""
+    """Turn grey values in [0, 1] `(count, h, w)` into uint8 images `(count, 3, size, size)`."""
     large = functional.interpolate(grey[:, None], size=(size, size), mode="bilinear", align_corners=False)
     return (large * 255).round().clamp(0, 255).byte().expand(-1, 3, -1, -1).contiguous()
 

@@ -12,7 +12,7 @@ from gmar_lightning.training.folder import photograph_transform
 
 
 class DownloadedImages(ImageData):
-    """A data set that torchvision downloads into ``root`` unless it is already there.
+    """A data set that torchvision downloads into `root` unless it is already there.
 
     Args:
         root: where the data set is, or goes.
@@ -20,13 +20,13 @@ class DownloadedImages(ImageData):
         batch_size: images per batch and process.
         num_workers: loader processes.
         mean: channel means to normalise with; None takes the model's own.
-        std: channel standard deviations, as ``mean``.
+        std: channel standard deviations, as `mean`.
         min_crop: smallest share of a photograph's area that a random training crop shows; 1 switches
             random crops off.
         flip: mirror training images left to right at random.
 
     Raises:
-        RuntimeError: the data set is not in ``root`` and cannot be downloaded.
+        RuntimeError: the data set is not in `root` and cannot be downloaded.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class DownloadedImages(ImageData):
 
     @abstractmethod
     def source(self, *, train: bool, download: bool, transform: v2.Transform | None = None) -> Any:
-        """Return one of the two sets, a torchvision data set with ``classes``."""
+        """Return one of the two sets, a torchvision data set with `classes`."""
 
     def prepare_data(self) -> None:
         """Download what is missing, in one process."""
@@ -72,31 +72,31 @@ class DownloadedImages(ImageData):
 
 
 class Cifar10(DownloadedImages):
-    """60,000 photographs of 32 x 32 pixels in 10 classes; arguments as ``DownloadedImages``."""
+    """60,000 photographs of 32 x 32 pixels in 10 classes; arguments as `DownloadedImages`."""
 
     num_classes = 10
 
     def source(self, *, train: bool, download: bool, transform: v2.Transform | None = None) -> Any:
-        """Return torchvision's ``CIFAR10``."""
+        """Return torchvision's `CIFAR10`."""
         return datasets.CIFAR10(self.root, train=train, download=download, transform=transform)
 
 
 class Cifar100(DownloadedImages):
-    """60,000 photographs of 32 x 32 pixels in 100 classes; arguments as ``DownloadedImages``."""
+    """60,000 photographs of 32 x 32 pixels in 100 classes; arguments as `DownloadedImages`."""
 
     num_classes = 100
 
     def source(self, *, train: bool, download: bool, transform: v2.Transform | None = None) -> Any:
-        """Return torchvision's ``CIFAR100``."""
+        """Return torchvision's `CIFAR100`."""
         return datasets.CIFAR100(self.root, train=train, download=download, transform=transform)
 
 
 class OxfordPets(DownloadedImages):
-    """7,349 photographs of 37 breeds of cats and dogs; arguments as ``DownloadedImages``."""
+    """7,349 photographs of 37 breeds of cats and dogs; arguments as `DownloadedImages`."""
 
     num_classes = 37
 
     def source(self, *, train: bool, download: bool, transform: v2.Transform | None = None) -> Any:
-        """Return torchvision's ``OxfordIIITPet``."""
+        """Return torchvision's `OxfordIIITPet`."""
         split = "trainval" if train else "test"
         return datasets.OxfordIIITPet(self.root, split=split, download=download, transform=transform)

@@ -22,17 +22,17 @@ METHODS: dict[str, dict[str, Any]] = {
 class EvidenceShare(Callback):
     """Log after every validation how much of the heat lies in the mask of the evidence.
 
-    For data sets whose third batch element is a mask, such as ``Cells`` and ``WatermarkedDigits``. Logs
-    ``val/evidence_gmar``, ``val/evidence_rollout``, ``val/evidence_gradient`` and
-    ``val/evidence_last_layer``: means over the images of ``energy_in_mask``, for the map of the labelled
-    class. A uniform map scores the mask's share of the picture, which is 0.25 for ``Cells``.
-    Costs about twelve forwards of ``num_images`` images.
+    For data sets whose third batch element is a mask, such as `Cells` and `WatermarkedDigits`. Logs
+    `val/evidence_gmar`, `val/evidence_rollout`, `val/evidence_gradient` and
+    `val/evidence_last_layer`: means over the images of `energy_in_mask`, for the map of the labelled
+    class. A uniform map scores the mask's share of the picture, which is 0.25 for `Cells`.
+    Costs about twelve forwards of `num_images` images.
 
     Args:
         num_images: the first so-many validation images are explained.
 
     Raises:
-        ValueError: ``num_images`` is not positive, or, before training starts, the data has no masks.
+        ValueError: `num_images` is not positive, or, before training starts, the data has no masks.
     """
 
     def __init__(self, num_images: int = 64):

@@ -17,10 +17,9 @@ from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.gmar import GMARResult, gmar
 from gmar_lightning.explain.importance import Norm
 from gmar_lightning.explain.rollout import Rollout
-from gmar_lightning.show.render import contact_sheet, enlarged, importance_grid, overlay
+from gmar_lightning.show.grids import importance_grid
+from gmar_lightning.show.render import contact_sheet, enlarged, overlay
 from gmar_lightning.training.model import Classifier
-
-__all__ = ["add_arguments", "explain_files"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -44,10 +44,10 @@ class ImageFiles(Dataset):
 
 
 def files_by_class(root: Path) -> dict[str, list[Path]]:
-    """List the image files below each class folder of ``root``, in sorted order.
+    """List the image files below each class folder of `root`, in sorted order.
 
     Raises:
-        FileNotFoundError: ``root`` does not exist.
+        FileNotFoundError: `root` does not exist.
         ValueError: there is no class folder with an image in it.
     """
     if not root.is_dir():
@@ -89,10 +89,10 @@ def readable(paths: list[Path]) -> list[Path]:
 
 
 class ImageFolder(ImageData):
-    """Any ``<class>/<name>.jpg`` tree.
+    """Any `<class>/<name>.jpg` tree.
 
-    With ``train`` and ``val`` (or ``valid``, ``validation``) folders inside ``root``, those are the two
-    sets; otherwise ``root`` itself holds the class folders and is split by class.
+    With `train` and `val` (or `valid`, `validation`) folders inside `root`, those are the two
+    sets; otherwise `root` itself holds the class folders and is split by class.
 
     Args:
         root: the folder.
@@ -100,8 +100,8 @@ class ImageFolder(ImageData):
         batch_size: images per batch and process.
         num_workers: loader processes.
         mean: channel means to normalise with; None takes the model's own.
-        std: channel standard deviations, as ``mean``.
-        val_fraction: share of each class to validate on, where there is no ``val`` folder.
+        std: channel standard deviations, as `mean`.
+        val_fraction: share of each class to validate on, where there is no `val` folder.
         split_seed: the same seed gives the same split.
         min_crop: smallest share of a photograph's area that a random training crop shows; 1 switches
             random crops off.
@@ -180,7 +180,7 @@ class ImageFolder(ImageData):
 
 
 def photograph_transform(data: ImageData, min_crop: float, flip: bool) -> v2.Transform:
-    """Return the steps from an RGB photograph to a normalised ``(3, image_size, image_size)`` tensor."""
+    """Return the steps from an RGB photograph to a normalised `(3, image_size, image_size)` tensor."""
     size = data.image_size
     if min_crop < 1:
         steps: list[v2.Transform] = [v2.RandomResizedCrop(size, scale=(min_crop, 1.0), antialias=True)]

@@ -1,4 +1,4 @@
-"""The classifier that ``train.py`` trains: any timm Vision Transformer."""
+"""The classifier that `train.py` trains: any timm Vision Transformer."""
 
 from typing import Any, cast
 
@@ -19,9 +19,9 @@ from gmar_lightning.training.weights import create_pretrained, load_weights
 class Classifier(LightningModule):
     """A timm Vision Transformer with cross entropy, AdamW, warm-up and cosine schedule.
 
-    Logs ``train/loss``, ``train/lr``, ``val/loss`` and ``val/accuracy``. A checkpoint of it holds
-    everything needed to use it again: ``Classifier.load_from_checkpoint(path)`` builds the network without
-    fetching pretrained weights, and knows ``class_names``, ``image_size``, ``mean`` and ``std``.
+    Logs `train/loss`, `train/lr`, `val/loss` and `val/accuracy`. A checkpoint of it holds
+    everything needed to use it again: `Classifier.load_from_checkpoint(path)` builds the network without
+    fetching pretrained weights, and knows `class_names`, `image_size`, `mean` and `std`.
 
     Args:
         model_name: name of the model in timm.
@@ -30,8 +30,8 @@ class Classifier(LightningModule):
             model's own.
         class_names: one name per class; None takes those of the data module.
         mean: channel means of the images; None takes the data module's, or else the model's own.
-        std: channel standard deviations, as ``mean``.
-        model_args: more arguments for ``timm.create_model``, for instance ``{"depth": 6}``.
+        std: channel standard deviations, as `mean`.
+        model_args: more arguments for `timm.create_model`, for instance `{"depth": 6}`.
         pretrained: fetch timm's pretrained weights.
         weights: start from this file instead (.safetensors, .pth, .ckpt).
         position_std: spread of new position embeddings in place of timm's 0.02; with 0.5 a small model
@@ -47,7 +47,7 @@ class Classifier(LightningModule):
         cutmix: alpha of cutmix; 0 switches it off. With both, each batch gets one of them.
 
     Raises:
-        ValueError: an argument is out of range, both ``pretrained`` and ``weights`` are given, or the file
+        ValueError: an argument is out of range, both `pretrained` and `weights` are given, or the file
             does not fit the model.
         RuntimeError: timm knows no such model, or pretrained weights cannot be fetched.
     """
@@ -114,11 +114,11 @@ class Classifier(LightningModule):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits ``(batch, classes)`` for images ``(batch, 3, height, width)``."""
+        """Return logits `(batch, classes)` for images `(batch, 3, height, width)`."""
         return self.model(images)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
-        """Return the loss of one batch ``(images, labels, ...)``."""
+        """Return the loss of one batch `(images, labels, ...)`."""
         images, labels = batch[:2]
         if self.mix is not None:
             images, targets = self.mix(images, labels)
@@ -135,7 +135,7 @@ class Classifier(LightningModule):
         self.log("train/lr", max(group["lr"] for group in optimizer.param_groups))
 
     def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
-        """Log loss and accuracy over the validation set; batches are ``(images, labels, ...)``."""
+        """Log loss and accuracy over the validation set; batches are `(images, labels, ...)`."""
         images, labels = batch[:2]
         logits = self(images)
         self.accuracy(logits, labels)
@@ -143,7 +143,7 @@ class Classifier(LightningModule):
         self.log("val/accuracy", self.accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW with the parameter groups of ``optim.parameter_groups``; the schedule moves every step."""
+        """AdamW with the parameter groups of `optim.parameter_groups`; the schedule moves every step."""
         groups = parameter_groups(
             self.model,
             self.hparams["lr"],

@@ -26,13 +26,13 @@ def parameter_groups(
         layer_decay: factor per layer from the head down to the patch embedding, for instance 0.75;
             1 gives every layer the same rate.
         weight_decay_of: another decay for the weights whose name contains the key, for instance
-            ``{".attn.": 0.5}``.
+            `{".attn.": 0.5}`.
 
     Returns:
-        Groups for a torch optimizer, each with its own ``lr`` and ``weight_decay``.
+        Groups for a torch optimizer, each with its own `lr` and `weight_decay`.
 
     Raises:
-        ValueError: ``layer_decay`` is not in (0, 1], or a key of ``weight_decay_of`` fits no decayed weight.
+        ValueError: `layer_decay` is not in (0, 1], or a key of `weight_decay_of` fits no decayed weight.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay must lie in (0, 1], got {layer_decay}")
@@ -79,7 +79,7 @@ def warmup_cosine(total_steps: float, warmup: float, final: float = 0.01) -> Cal
         final: factor at the end.
 
     Raises:
-        ValueError: the run has no end, or ``warmup`` is outside [0, 1).
+        ValueError: the run has no end, or `warmup` is outside [0, 1).
     """
     if not math.isfinite(total_steps):
         raise ValueError("the cosine schedule needs to know where the run ends: set max_epochs or max_steps")

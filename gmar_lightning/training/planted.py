@@ -29,7 +29,7 @@ class Cells(ImageData):
         seed: of the split, the cells and the shuffling.
 
     Raises:
-        ValueError: ``image_size`` is odd, or ``copies`` is not positive.
+        ValueError: `image_size` is odd, or `copies` is not positive.
     """
 
     num_classes = 10
@@ -72,14 +72,14 @@ class Cells(ImageData):
 
 
 def shuffled_pixels(digits: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Draw ``count`` of the digits ``(n, 8, 8)`` and shuffle the pixels of each."""
+    """Draw `count` of the digits `(n, 8, 8)` and shuffle the pixels of each."""
     drawn = digits[torch.randint(len(digits), (count,), generator=generator)].flatten(1)
     order = torch.rand(drawn.shape, generator=generator).argsort(dim=1)
     return drawn.gather(1, order).reshape(count, 8, 8)
 
 
 def cell_masks(cells: Tensor, side: int) -> Tensor:
-    """Return masks ``(count, 2 * side, 2 * side)`` of the cells 0 to 3, numbered row by row."""
+    """Return masks `(count, 2 * side, 2 * side)` of the cells 0 to 3, numbered row by row."""
     grid = torch.nn.functional.one_hot(cells, 4).bool().reshape(-1, 2, 2)
     return grid.repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)
 
@@ -150,5 +150,5 @@ class WatermarkedDigits(ImageData):
 
 
 def mark_colours() -> Tensor:
-    """Return ten colours around the colour circle, uint8 ``(10, 3)``."""
+    """Return ten colours around the colour circle, uint8 `(10, 3)`."""
     return torch.tensor([colorsys.hsv_to_rgb(hue / 10, 1.0, 1.0) for hue in range(10)]).mul(255).byte()

@@ -95,7 +95,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def _without_prefix(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
-    """Strip the leading ``module.`` or ``model.`` under which most of the wanted names are found."""
+    """Strip the leading `module.` or `model.` under which most of the wanted names are found."""
     prefixes = {""} | {key[: at + 1] for key in state for at, letter in enumerate(key) if letter == "."}
     fits = {prefix: sum(prefix + key in state for key in wanted) for prefix in prefixes}
     best = max(sorted(prefixes, key=len), key=lambda prefix: fits[prefix])

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from gmar_lightning import UnsupportedModelError, gmar
-from tests.reference import reference, relative_error
+from tests.helpers.reference import reference, relative_error
 
 HEADS, HEAD_DIM, DEPTH, CLASSES = 4, 16, 3, 5
 LARGEST = 600_000_000  # parameters, after shrinking

@@ -14,8 +14,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from gmar_lightning.explain.gmar import gmar
-from gmar_lightning.monitor.collapse import CollapseDetector, HeadEvent
-from tests.planted import FATAL, fall
+from gmar_lightning.monitor.collapse import CollapseDetector
+from gmar_lightning.monitor.events import HeadEvent
+from tests.helpers.planted import FATAL, fall
 
 EVERY = 5  # optimizer steps between probes
 SHAPES = [(4, 6, 8, 8), (2, 3, 12, 8), (6, 4, 8, 4), (4, 12, 4, 8), (3, 16, 4, 8), (12, 3, 8, 8)]

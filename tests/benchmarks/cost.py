@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gmar_lightning import gmar
-from tests.reference import reference
+from tests.helpers.reference import reference
 
 MIB = 2**20
 

@@ -9,8 +9,9 @@ import time
 import numpy as np
 from PIL import Image
 
-from gmar_lightning.show.render import evolution_raster, importance_grid, overlay
-from tests.synthetic_history import heatmaps, photographs
+from gmar_lightning.show.grids import evolution_raster, importance_grid
+from gmar_lightning.show.render import overlay
+from tests.helpers.synthetic_history import heatmaps, photographs
 
 
 def encoded(picture: np.ndarray, kind: str) -> int:

@@ -1,4 +1,12 @@
-"""The one door every attention call passes: `scaled_dot_product_attention`, seen by name and by mode."""
+"""Reaching every attention call of a forward pass, whoever makes it.
+
+All attention is led through `scaled_dot_product_attention`, and that function is intercepted in two ways at once,
+because each alone is blind somewhere. Replacing the *name* in `torch.nn.functional` reaches what
+`nn.MultiheadAttention` calls inside `multi_head_attention_forward` (a function mode is popped while it runs) and
+what a checkpointed layer recomputes during the backward pass (where no mode is active). The function *mode*
+reaches modules that imported the function under a name of their own, and shows every other function on the way.
+Implementations that would call neither are switched for the duration of the block.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +17,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gmar_lightning.explain.adapters import attention_through_sdpa
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.trace import ModuleTrace, in_backward
-
-__all__ = ["USES_WEIGHTS", "Passage", "attention_door", "softmax_map"]
 
 _FUSED = F.scaled_dot_product_attention
 _SOFTMAX = frozenset({F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax})
@@ -32,8 +37,8 @@ USES_WEIGHTS = (
 
 
 @dataclass(frozen=True, eq=False)
-class Passage:
-    """An attention call on its way through the door, before it is computed."""
+class CallArguments:
+    """What an attention function was called with, before anything is computed."""
 
     name: str
     owner: str
@@ -81,26 +86,26 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def attention_door(
+def intercept_attention(
     model: nn.Module,
-    handle: Callable[[Passage], Tensor],
+    handle: Callable[[CallArguments], Tensor],
     trace: ModuleTrace | None = None,
 ) -> Iterator[None]:
     """Lead every attention call of `model` through `handle`, which returns the call's output.
 
     Args:
         model: The module whose paths name the calls.
-        handle: Called once per attention call with its `Passage`.
+        handle: Called once per attention call with its `CallArguments`.
         trace: Follows what runs; made here when not given.
     """
     trace = ModuleTrace() if trace is None else trace
-    door = _Door(handle, trace, threading.get_ident())
+    interceptor = _Interceptor(handle, trace, threading.get_ident())
     with ExitStack() as stack:
         stack.enter_context(attention_through_sdpa(model))
-        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", door))
-        stack.enter_context(mock.patch.object(F, "multi_head_attention_forward", door.multi_head))
+        stack.enter_context(_replaced(F, "scaled_dot_product_attention", interceptor))
+        stack.enter_context(_replaced(F, "multi_head_attention_forward", interceptor.multi_head))
         stack.enter_context(trace.following(model))
-        stack.enter_context(_Watch(door, trace))
+        stack.enter_context(_Watcher(interceptor, trace))
         yield
 
 
@@ -123,19 +128,19 @@ _MULTI_HEAD = F.multi_head_attention_forward
 _MULTI_HEAD_SIGNATURE = inspect.signature(_MULTI_HEAD)
 
 
-class _Door:
+class _Interceptor:
     """Stands in for `scaled_dot_product_attention` while a block is open."""
 
-    def __init__(self, handle: Callable[[Passage], Tensor], trace: ModuleTrace, thread: int) -> None:
+    def __init__(self, handle: Callable[[CallArguments], Tensor], trace: ModuleTrace, thread: int) -> None:
         self.handle, self.trace, self.thread = handle, trace, thread
         self.inside = False
-        self.last: Passage | None = None
+        self.last: CallArguments | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         recomputing = in_backward()
         if self.inside or (threading.get_ident() != self.thread and not recomputing):
             return _FUSED(*args, **kwargs)
-        self.last = self._passage(*args, **kwargs)
+        self.last = self._bound(*args, **kwargs)
         if recomputing:
             # A checkpointed layer recomputes: same kernel, same graph, nothing recorded twice.
             output = self.last.compute()
@@ -151,13 +156,13 @@ class _Door:
         finally:
             self.inside = before
 
-    def _passage(self, *args: Any, **kwargs: Any) -> Passage:
+    def _bound(self, *args: Any, **kwargs: Any) -> CallArguments:
         bound = _SIGNATURE.bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
         query, scale = given["query"], given["scale"]
         name, owner, invocation = self.trace.current()
-        return Passage(
+        return CallArguments(
             name=name,
             owner=owner,
             invocation=invocation,
@@ -180,11 +185,11 @@ class _Door:
         output, _ = _MULTI_HEAD(*bound.args, **bound.kwargs)
         if not wanted or self.last is None:
             return output, None
-        passage, self.last = self.last, None
+        call, self.last = self.last, None
         with torch.no_grad(), self._unwatched():
-            weights = softmax_map(passage.q, passage.k, passage.mask, passage.scale, passage.causal)
+            weights = softmax_map(call.q, call.k, call.mask, call.scale, call.causal)
             weights = weights.mean(1) if given["average_attn_weights"] else weights
-            weights = weights.to(passage.q.dtype)
+            weights = weights.to(call.q.dtype)
         handed = _SideBranch.apply(weights if batched else weights[0], output)
         self.trace.handed_out.add(handed.grad_fn)
         return output, handed
@@ -202,18 +207,98 @@ class _SideBranch(torch.autograd.Function):
         raise UnsupportedModelError(USES_WEIGHTS)
 
 
-class _Watch(TorchFunctionMode):
+class _Watcher(TorchFunctionMode):
     """Sees what the swapped name cannot: other bindings of the kernel, and mixing of tokens by hand."""
 
-    def __init__(self, door: _Door, trace: ModuleTrace) -> None:
+    def __init__(self, interceptor: _Interceptor, trace: ModuleTrace) -> None:
         super().__init__()
-        self.door, self.trace = door, trace
+        self.interceptor, self.trace = interceptor, trace
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is _FUSED and not self.door.inside:
-            return self.door(*args, **kwargs)
+        if func is _FUSED and not self.interceptor.inside:
+            return self.interceptor(*args, **kwargs)
         result = func(*args, **kwargs)
-        if not self.door.inside:
+        if not self.interceptor.inside:
             self.trace.saw_function(func, (*args, *kwargs.values()), result, func in _SOFTMAX)
         return result
+
+
+@contextmanager
+def attention_through_sdpa(model: nn.Module) -> Iterator[None]:
+    """Make every switchable attention of `model` call `scaled_dot_product_attention` inside the block.
+
+    timm modules built with `fused_attn=False`, Hugging Face models with any attention implementation, the
+    C++ fast path of `nn.MultiheadAttention`, and reentrant checkpointing (whose forward runs without a
+    graph). Each switch is put back on every exit path.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_fused_timm(model))
+        stack.enter_context(_sdpa_in_configs(model))
+        stack.enter_context(_python_multi_head())
+        stack.enter_context(_replaced(torch.utils.checkpoint, "CheckpointFunction", _PlainCheckpoint))
+        yield
+
+
+@contextmanager
+def _fused_timm(model: nn.Module) -> Iterator[None]:
+    unfused: list[Any] = [m for m in model.modules() if getattr(m, "fused_attn", None) is False]
+    try:
+        for module in unfused:
+            module.fused_attn = True
+        yield
+    finally:
+        for module in unfused:
+            module.fused_attn = False
+
+
+@contextmanager
+def _sdpa_in_configs(model: nn.Module) -> Iterator[None]:
+    key = "_attn_implementation_internal"
+    configs = _configs([getattr(module, "config", None) for module in model.modules()], key)
+    before = [(config, vars(config)[key]) for config in configs]
+    try:
+        for config, _ in before:
+            vars(config)[key] = "sdpa"
+        yield
+    finally:
+        for config, implementation in before:
+            vars(config)[key] = implementation
+
+
+def _configs(candidates: list[Any], key: str) -> list[Any]:
+    found: dict[int, Any] = {}
+    while candidates:
+        config = candidates.pop()
+        if hasattr(config, "__dict__") and key in vars(config) and id(config) not in found:
+            found[id(config)] = config
+            candidates.extend(vars(config).values())
+    return list(found.values())
+
+
+@contextmanager
+def _python_multi_head() -> Iterator[None]:
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+class _PlainCheckpoint:
+    """Takes the place of the reentrant checkpoint function: runs the segment with its graph."""
+
+    @staticmethod
+    def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from tests.tiny import Classifier, Images, fit, watcher
+from tests.helpers.tiny import Classifier, Images, fit, watcher
 
 STEPS, EVERY, SAVED_EVERY = 40, 2, 5
 

@@ -1,4 +1,4 @@
-"""What tests/test_distributed.py runs in two processes: `python -m tests.many_processes FOLDER`.
+"""What tests/test_distributed.py runs in two processes: `python -m tests.helpers.many_processes FOLDER`.
 
 Lightning's `ddp` strategy starts the second process itself, as it does for a user's script.
 """
@@ -23,7 +23,7 @@ from torch import nn
 from gmar_lightning.explain.gmar import gmar
 from gmar_lightning.monitor.measurement import ProbeError, measure
 from gmar_lightning.monitor.probe import ProbeBatch
-from tests.tiny import CLASSES, Classifier, digest, images_of, loaders, run_and_digest, vit, watcher
+from tests.helpers.tiny import CLASSES, Classifier, digest, images_of, loaders, run_and_digest, vit, watcher
 
 
 class BatchNormHead(Classifier):

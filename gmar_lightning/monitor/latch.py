@@ -27,7 +27,7 @@ class Latch:
         self.since = np.full(shape, -1, dtype=np.int64)
 
     def update(self, step: int, on: np.ndarray, off: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Count one more probe; returns what was just raised and what was just cleared, both of ``shape``."""
+        """Count one more probe; returns what was just raised and what was just cleared, both of `shape`."""
         wants = np.where(self.active, off, on)
         self.start = np.where(wants & (self.run == 0), step, self.start)
         self.run = np.where(wants, self.run + 1, 0)
@@ -64,7 +64,7 @@ class HeldPeak:
         self.value = np.zeros(shape)
 
     def update(self, values: np.ndarray, counts: np.ndarray) -> None:
-        """Take in one more array of ``shape``; the peak stays where ``counts`` is False."""
+        """Take in one more array of `shape`; the peak stays where `counts` is False."""
         held = np.minimum(np.minimum(values, self.last), self.before)
         self.value = np.where(counts, np.maximum(self.value, held), self.value)
         self.before, self.last = self.last, values
@@ -80,7 +80,7 @@ class HeldPeak:
 
 
 def restored(values: object, like: np.ndarray) -> np.ndarray:
-    """Nested lists as an array of the shape and type of ``like``; raises ValueError where they do not fit."""
+    """Nested lists as an array of the shape and type of `like`; raises ValueError where they do not fit."""
     array = np.asarray(values, dtype=like.dtype)
     if array.size == like.size == 0:
         return like
