@@ -6,8 +6,8 @@
 Arguments as for `tests.benchmarks.faithfulness`. `A` is a head's attention map, `G` the gradient of the logit at it;
 a weighting turns them into one score per head (or per head and query), and unless said otherwise the maps are rolled
 out last to first with row sums of one, as `rollout="flow"`. Names that begin with "gated" are variants of the
-default, `rollout="gradient"`. For class-token models of timm. Prints the paired differences to plain rollout and to the
-default: a variant is worth offering when it beats the default by two standard errors on two models.
+default, `rollout="gradient"`. For class-token models of timm. Prints the paired differences to plain rollout and to
+the default: a variant is worth offering when it beats the default by two standard errors on two models.
 """
 
 import argparse
