@@ -19,11 +19,12 @@ from gmar_lightning.explain.importance import Norm
 from gmar_lightning.explain.rollout import Rollout
 from gmar_lightning.show.grids import importance_grid
 from gmar_lightning.show.render import contact_sheet, enlarged, overlay
+from gmar_lightning.show.terminal import progress
 from gmar_lightning.training.model import Classifier
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `python -m gmar_lightning explain`."""
+    """The arguments of `gmar explain`."""
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint that train.py wrote")
     parser.add_argument("--out", type=Path, default=Path("heatmaps"), help="folder for the pictures")
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def explain_files(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Explain each file, write `<name>_gmar.jpg`, and say what was predicted.
 
     Args:
@@ -54,7 +55,7 @@ def explain_files(arguments: argparse.Namespace) -> int:
         return 2
     arguments.out.mkdir(parents=True, exist_ok=True)
     paths, done = _distinct_names(arguments.images), 0
-    for path, name in paths:
+    for path, name in progress(paths, len(paths), "explaining"):
         try:
             photograph = _read(path, model.image_size)
         except (OSError, SyntaxError, ValueError) as error:
