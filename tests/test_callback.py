@@ -36,7 +36,7 @@ from tests.helpers.tiny import CLASSES, SIZE, Classifier, Images, fit, images_of
         ({"max_events": 0}, "max_events must be a whole number >= 1, got 0"),
         ({"micro_batch_size": 0}, "micro_batch_size"),
         ({"norm": "l3"}, "l1.*l2.*uniform"),
-        ({"rollout": "max"}, "paper.*flow"),
+        ({"rollout": "max"}, "gradient.*flow"),
         (
             {"target": "best"},
             r"target='best' is unknown; choose one of 'predicted', 'label' or a class index",

@@ -74,7 +74,7 @@ def test_numbers_do_not_depend_on_the_number_of_processes(name: str, ran: Any) -
     np.testing.assert_allclose(record[-1].probabilities, probabilities, rtol=5e-4)
     assert list(record[-1].predictions) == alone.logits.argmax(-1).tolist()
     maps = History.load(place / "gmar").heatmaps(record[-1].step)
-    np.testing.assert_allclose(maps, alone.maps["paper"], atol=2e-3 * alone.maps["paper"].max())
+    np.testing.assert_allclose(maps, alone.maps["gradient"], atol=2e-3 * alone.maps["gradient"].max())
 
 
 def test_failure_on_one_process_is_everyones_failure(ran: Any) -> None:

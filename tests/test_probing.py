@@ -18,7 +18,7 @@ from gmar_lightning.monitor.explanation import explain_together
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.probing import Moment, Prober
 from gmar_lightning.monitor.processes import ProbeError, on_every_process
-from gmar_lightning.monitor.record import ProbeRecord, shares_of
+from gmar_lightning.monitor.record import SIGNALS, ProbeRecord, shares_of
 from gmar_lightning.monitor.settings import ProbeSettings
 from tests.helpers.tiny import images_of, vit
 
@@ -32,13 +32,17 @@ def test_a_record_is_the_mean_of_gmar(target: Any, classes: Any) -> None:
     torch.manual_seed(0)
     model = vit()
     record = taken(model, ProbeSettings(target=target, micro_batch_size=2))
-    alone = gmar(model, PROBE.images, classes, companions=True)
+    alone = gmar(model, PROBE.images, classes, signals=True)
     assert record.importance is not None
     assert record.heatmaps is not None
     np.testing.assert_allclose(record.importance, alone.importance.mean(0), rtol=1e-5)
     np.testing.assert_allclose(record.heatmaps, alone.heatmaps, atol=1e-6)
-    assert alone.entropy is not None
-    np.testing.assert_allclose(record.signals["entropy"], alone.entropy.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(record.signals["entropy"], alone.signals["entropy"].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(record.signals["contribution"], alone.contribution.abs().mean(0), rtol=1e-5)
+    np.testing.assert_allclose(record.signals["contribution_signed"], alone.contribution.mean(0), atol=1e-7)
+    np.testing.assert_allclose(record.signals["logit_max"], alone.signals["logit_max"].amax(0), rtol=1e-5)
+    assert set(record.signals) <= set(SIGNALS)
+    assert set(record.maps) == {"gradient", "paper", "flow", "rollout", "last_layer"}
     assert list(record.targets) == alone.targets.tolist()
     assert list(record.predictions) == alone.logits.argmax(-1).tolist()
     expected = alone.logits.softmax(-1)

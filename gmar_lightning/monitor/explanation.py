@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gmar_lightning.explain.gmar import GMARResult, gmar
+from gmar_lightning.explain.rollout import Rollout
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.processes import ProbeError, joined, on_every_process, rows_of_process
 from gmar_lightning.monitor.record import SIGNALS, Signal
@@ -81,6 +83,8 @@ def explain_together(
     rows = rows_of_process(len(probe))
     images, targets = probe.images[rows], _targets(probe, settings.target, rows)
     size, exhausted = min(settings.micro_batch_size or len(rows), len(rows)), False
+    # All forms come from the same pass, so the record keeps them all.
+    others = [form for form in get_args(Rollout) if form != settings.rollout]
 
     def explained() -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
         with settings.precision():
@@ -89,13 +93,13 @@ def explain_together(
                 images,
                 targets,
                 norm=settings.norm,
-                rollout=settings.rollout,
+                rollout=(settings.rollout, *others),
                 residual=settings.residual,
                 module=settings.module,
                 micro_batch_size=size,
-                companions=True,
+                signals=True,
             )
-        return _per_image(result, settings.rollout), result.layers
+        return _per_image(result), result.layers
 
     while True:
         try:
@@ -120,19 +124,22 @@ def _targets(probe: ProbeBatch, target: str | int, rows: list[int]) -> Tensor | 
     return torch.full((len(rows),), int(target))
 
 
-def _per_image(result: GMARResult, form: str) -> dict[str, np.ndarray]:
+def _per_image(result: GMARResult) -> dict[str, np.ndarray]:
     """Everything in a result that has a row per image, under flat names."""
-    scores = result.logits.gather(1, result.targets[:, None])[:, 0]
+    assert result.logits is not None
+    assert result.targets is not None
     parts = {
         "importance": result.importance,
         "logits": result.logits,
         "targets": result.targets,
-        "scores": scores,
-        f"map {form}": result.heatmaps,
+        "scores": result.score,
+        "signal contribution": result.contribution,
+        **{f"signal {name}": values for name, values in result.signals.items()},
+        **{f"map {form}": maps for form, maps in result.maps.items()},
     }
-    for name in ("entropy", "distance", "output_norm"):
-        parts[f"signal {name}"] = getattr(result, name)
-    return {name: _as_array(value) for name, value in parts.items() if value is not None}
+    if result.head_maps is not None:
+        parts["head_maps"] = result.head_maps
+    return {name: _as_array(value) for name, value in parts.items()}
 
 
 def _as_array(value: Tensor) -> np.ndarray:

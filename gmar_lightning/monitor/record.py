@@ -80,8 +80,8 @@ SIGNALS: Mapping[str, Signal] = {
     "sink_token": Signal("index of that key", "most frequent", "index"),
     "sink_value_norm": Signal("its value norm over the mean of the others"),
     "output_rank": Signal("effective rank of the head's output"),
-    "agreement": Signal("0 to 1, norm of the mean gradient over the mean of norms"),
     "similarity": Signal("cosine to the nearest other head of the layer"),
+    "value_similarity": Signal("mean cosine between the values of two tokens"),
     "token_similarity": Signal("mean cosine of the tokens entering the layer", per_layer=True),
 }
 _OTHER = Signal("unknown")  # a signal that a newer version recorded

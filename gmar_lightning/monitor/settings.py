@@ -20,7 +20,7 @@ class ProbeSettings:
     Attributes:
         target: The explained class: "predicted", "label", or a class index.
         norm: As for `gmar`.
-        rollout: As for `gmar`.
+        rollout: The primary form of the maps; the record keeps the others too.
         residual: As for `gmar`.
         module: Dotted path of the classifier inside the model.
         micro_batch_size: Images per forward; None takes all at once.
@@ -31,7 +31,7 @@ class ProbeSettings:
 
     target: Literal["predicted", "label"] | int = "predicted"
     norm: Norm = "l1"
-    rollout: Rollout = "paper"
+    rollout: Rollout = "gradient"
     residual: float | None = None
     module: str | None = None
     micro_batch_size: int | None = None

@@ -122,7 +122,7 @@ def sharded(kind: str) -> dict[str, Any]:
     return {
         "sharded": found.signals()["importance"].tolist(),
         "whole": alone.importance.mean(0).tolist(),
-        "maps": abs(found.maps["paper"] - alone.heatmaps.numpy()).max().item(),
+        "maps": abs(found.maps["gradient"] - alone.heatmaps.numpy()).max().item(),
         "layers": [list(found.layers), list(alone.layers)],
     }
 
