@@ -16,11 +16,10 @@ COMMANDS = (
     (
         "report",
         "verdict, comparison and HTML report of runs; --json for programs",
-        "gmar_lightning.show.compare",
+        "gmar_lightning.show.report_command",
     ),
     ("watch", "follow a running job in the terminal", "gmar_lightning.show.watch"),
     ("workspace", "save a W&B view of a project's GMAR panels", "gmar_lightning.show.workspace_command"),
-    ("doctor", "can this model be watched, and what would it cost?", "gmar_lightning.training.doctor"),
 )
 
 
@@ -40,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"gmar {name} needs {error.name}: pip install 'gmar-lightning[train]'", file=sys.stderr)
                 return 2
             module.add_arguments(command)
-            command.set_defaults(run=module.run)
+            command.set_defaults(execute=module.run)
     arguments = parser.parse_args(given)
-    return arguments.run(arguments)
+    return arguments.execute(arguments)
 
 
 if __name__ == "__main__":

@@ -1,56 +1,15 @@
-"""Runs side by side for the terminal, and the command `report`."""
+"""Runs side by side, as text for the terminal."""
 
-import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from gmar_lightning.monitor.history import History
+from gmar_lightning.monitor.record import effective_heads
 from gmar_lightning.show.grids import short_names
 from gmar_lightning.show.metric_names import accuracy_name, loss_name
-from gmar_lightning.show.report import run_names, write_report
-from gmar_lightning.show.verdict import FINDINGS, collapses, drift_from_first, effective_heads, ends, judge
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `python -m gmar_lightning report`."""
-    parser.add_argument(
-        "dirs", nargs="+", type=Path, metavar="DIR", help="folder of a record, or of a run with a gmar folder"
-    )
-    parser.add_argument("-o", "--out", type=Path, help="the file; default: report.html in the first folder")
-    parser.add_argument(
-        "--fail-on",
-        action="append",
-        default=[],
-        choices=FINDINGS,
-        metavar="KIND",
-        help=f"exit with 1 if a run has this finding (repeatable): {', '.join(FINDINGS)}",
-    )
-
-
-def report_command(arguments: argparse.Namespace) -> int:
-    """Print the verdicts and the comparison, and write the report.
-
-    Args:
-        arguments: as parsed with `add_arguments`.
-
-    Returns:
-        Exit code: 0, or 1 when a run has a finding named by `--fail-on`, or 2 when a folder holds no
-        usable record or the report cannot be written.
-    """
-    folders = [_record_folder(folder) for folder in arguments.dirs]
-    try:
-        histories = [History.load(folder) for folder in folders]
-        path = write_report(folders, arguments.out)
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(compare(histories, run_names(folders)))
-    print(f"\nReport: {path}")
-    failed = any(judge(history).has(kind) for history in histories for kind in arguments.fail_on)
-    return 1 if failed else 0
+from gmar_lightning.show.report import run_names
+from gmar_lightning.show.verdict import collapses, drift_from_first, ends, judge
 
 
 def compare(histories: Sequence[History], names: Sequence[str] | None = None) -> str:
@@ -65,7 +24,7 @@ def compare(histories: Sequence[History], names: Sequence[str] | None = None) ->
     """
     names = list(names) if names is not None else run_names([history.dir for history in histories])
     parts = ["\n".join(_verdict_lines(h, n)) for h, n in zip(histories, names, strict=True)]
-    good = [any(record.get("importance") for record in history.records) for history in histories]
+    good = [any(record.importance is not None for record in history.records) for history in histories]
     seen = [(h, n) for h, n, usable in zip(histories, names, good, strict=True) if usable]
     if seen:
         columns = [name for _, name in seen]
@@ -83,11 +42,6 @@ def layer_change(history: History) -> np.ndarray:
     return np.divide(last, first, out=np.full_like(last, np.nan), where=first > 0)
 
 
-def _record_folder(folder: Path) -> Path:
-    inner = folder / "gmar"
-    return inner if not (folder / "run.json").exists() and (inner / "run.json").exists() else folder
-
-
 def _verdict_lines(history: History, name: str) -> list[str]:
     verdict = judge(history)
     return [f"{name}: {verdict.headline}", *(f"  - {finding.text}" for finding in verdict.findings)]
@@ -96,7 +50,7 @@ def _verdict_lines(history: History, name: str) -> list[str]:
 def _number_rows(histories: Sequence[History]) -> list[list[str]]:
     rows = {
         "probes": [str(len(h.records)) for h in histories],
-        "last step": [str(h.records[-1]["step"]) for h in histories],
+        "last step": [str(h.records[-1].step) for h in histories],
         "accuracy": [_course(h, accuracy_name(h)) for h in histories],
         "loss": [_course(h, loss_name(h)) for h in histories],
         "effective heads": [_effective(h) for h in histories],
