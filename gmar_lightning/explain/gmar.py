@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from gmar_lightning.explain.attention import AttentionCall, recording
+from gmar_lightning.explain.attention import AttentionCall, Recording, recording
 from gmar_lightning.explain.importance import Norm, companion_signals, head_importance, head_weights
 from gmar_lightning.explain.inputs import (
     batch_size,
@@ -25,6 +25,7 @@ from gmar_lightning.explain.inputs import (
     padding_of,
 )
 from gmar_lightning.explain.isolation import undisturbed
+from gmar_lightning.explain.mixing import check_apart
 from gmar_lightning.explain.readout import check_rows_apart, readout
 from gmar_lightning.explain.refusals import check_plain_attention, check_reached
 from gmar_lightning.explain.rollout import Rollout, roll_out, start_row, to_grid
@@ -177,8 +178,8 @@ def _explain(
 def _measure(classifier: nn.Module, inputs: dict[str, Any], targets: Tensor | None) -> _Measured | None:
     """Forward and backward; None when the batch is as long as the token axis and the two look alike."""
     with recording(classifier) as found:
-        logits, image = _forward(classifier, inputs)
-        batch = len(logits)
+        batch = found.batch = batch_size(inputs)
+        logits, image = _forward(classifier, inputs, found)
         found.forget_unread_pool(logits)
         check_plain_attention(found, batch)
         tokens = found.calls[0].k.shape[-2]
@@ -197,16 +198,18 @@ def _measure(classifier: nn.Module, inputs: dict[str, Any], targets: Tensor | No
         grads = check_reached(found.calls, torch.autograd.grad(score, edges, allow_unused=True))
     if not found.calls[-1].is_pool:
         check_rows_apart(*_last_depth(found.calls, grads), start)
+    check_apart(classifier, inputs, found, start, padding)
     return _Measured(found.calls, grads, start, layout, padding, logits.detach(), goals)
 
 
-def _forward(classifier: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+def _forward(classifier: nn.Module, inputs: dict[str, Any], found: Recording) -> tuple[Tensor, Tensor | None]:
     """Logits, and the images at the head of their graph."""
     key = image_key(inputs)
     if key is None or not inputs[key].is_floating_point():
         return logits_of(forward(classifier, inputs)), None if key is None else inputs[key]
     # The copy is no leaf, so that a model may normalise its input in place, and never the caller's.
     image = inputs[key].detach().requires_grad_().clone()
+    found.image = image.grad_fn
     return logits_of(forward(classifier, {**inputs, key: image})), image
 
 
