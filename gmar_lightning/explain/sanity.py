@@ -27,7 +27,7 @@ class SkippedCheckError(RuntimeError):
 
 
 def class_sensitivity(model: nn.Module, images: Any, result: GMARResult, explain: Explain) -> Tensor:
-    """Rank correlation of each map with the map of the runner-up class (class sensitivity, as in Rebuffi et al. 2020).
+    """Rank correlation of each map with the map of the runner-up class (as Rebuffi et al. 2020).
 
     1 means that the map is the same whatever class is explained: it is class-blind, and cannot answer "why this
     class?". Plain rollout scores 1 by construction.
