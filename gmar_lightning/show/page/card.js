@@ -88,7 +88,7 @@ function cardWords(run, probe, layer, head) {
     const sign = !Number.isFinite(signed) ? "" : signed > 0.1 ? `, on balance for the class (${Math.round(100 * signed)} % of it)` : signed < -0.1 ? `, on balance against the class (${Math.round(-100 * signed)} % of it)` : ", for the class in some images and against it in others";
     say(`Contribution ${number(of("contribution"))} to the explained score per image: number ${rankOf(all, at)} of ${all.filter(Number.isFinite).length} heads${sign}.`);
   }
-  if (has("shares")) say(`Importance: ${of("shares").toFixed(2)}× a fair share of its layer.`);
+  if (has("shares")) say(`Importance: ${number(of("shares"), 2)}× a fair share of its layer.`);
   const attention = [];
   if (has("entropy")) attention.push(`entropy ${of("entropy").toFixed(2)} (0 one token, 1 uniform)`);
   if (has("distance")) attention.push(`mean distance ${number(of("distance"), 2)} patches`);
