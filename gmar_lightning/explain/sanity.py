@@ -50,6 +50,7 @@ def class_sensitivity(model: nn.Module, images: Any, result: GMARResult, explain
     if logits is None or targets is None or maps is None or logits.shape[1] < 2:
         raise SkippedCheckError("what is explained is no class among several")
     others = explain(model, images, runner_up(logits, targets)).heatmaps
+    assert others is not None, "the same model had a picture"
     return rank_correlation(maps, others)
 
 
@@ -92,7 +93,9 @@ def randomisation(
     if result.heatmaps is None:
         raise SkippedCheckError("there is no picture to compare")
     with shuffled_top_block(classifier_of(model, module), result.layers[-1], seed):
-        return rank_correlation(result.heatmaps, explain(model, images, result.targets).heatmaps)
+        others = explain(model, images, result.targets).heatmaps
+    assert others is not None, "the same model had a picture"
+    return rank_correlation(result.heatmaps, others)
 
 
 @contextmanager

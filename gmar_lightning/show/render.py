@@ -127,6 +127,21 @@ def sheet_with_titles(rows: Sequence[tuple[str, Sequence[np.ndarray]]], width: i
     return np.asarray(sheet)
 
 
+def on_one_sheet(rows: Sequence[Sequence[np.ndarray]], gap: int = 12) -> np.ndarray:
+    """Pictures uint8 `(height, width, 3)` of any size on white: rows below each other, each from left to right."""
+    heights = [max(picture.shape[0] for picture in row) for row in rows]
+    width = max(sum(picture.shape[1] + gap for picture in row) for row in rows)
+    sheet = np.full((sum(heights) + gap * len(rows), width, 3), 255, np.uint8)
+    top = 0
+    for row, height in zip(rows, heights, strict=True):
+        left = 0
+        for picture in row:
+            sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+            left += picture.shape[1] + gap
+        top += height + gap
+    return sheet
+
+
 def _as_array(image: Any) -> tuple[np.ndarray, bool]:
     if hasattr(image, "detach"):
         image = image.detach().cpu()

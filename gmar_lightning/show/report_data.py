@@ -25,7 +25,7 @@ from gmar_lightning.monitor.record import ProbeRecord
 from gmar_lightning.show.codec import at_most, base64_of, nibbles, quantised
 from gmar_lightning.show.evidence import evidence_lines
 from gmar_lightning.show.grids import short_names
-from gmar_lightning.show.head_pictures import embedded_head_maps
+from gmar_lightning.show.head_cards import embedded_head_maps
 from gmar_lightning.show.metric_names import accuracy_name, loss_name
 from gmar_lightning.show.verdict import ALARMS, judge
 
