@@ -3,7 +3,8 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 const HEAT = bytes(DATA.heat);
-const COLOURS = ["--a", "--b", "--c", "--d"], DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3]];
+const COLOURS = ["--a", "--b", "--c", "--d"],
+  DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3]];
 // What the head grid can be coloured by, in the order of the selector. `root`: the square root is coloured, so that
 // weak heads can still be told apart. `top` of values without a natural end is the largest of the record.
 const VALUES = {
@@ -23,14 +24,29 @@ const VALUES = {
   token_similarity: { label: "similarity of tokens (layer)", top: 1, unit: " cosine", low: "0", high: "all alike" },
 };
 const FORMS = {
-  gradient: "gradient-gated rollout", paper: "GMAR as published", flow: "head-weighted rollout",
-  rollout: "plain attention rollout", last_layer: "last layer alone",
+  gradient: "gradient-gated rollout",
+  paper: "GMAR as published",
+  flow: "head-weighted rollout",
+  rollout: "plain attention rollout",
+  last_layer: "last layer alone",
 };
 // Kinds that end a flag: `recovered`, `woke`, and all that end so.
 const GOOD_KINDS = { has: (kind) => kind === "recovered" || kind === "woke" || /_(end|restored)$/.test(kind) };
 const state = {
-  i: 0, run: 0, layer: 0, head: 0, value: "shares", form: null, opacity: 0.75, hover: null, minuend: 1, subtrahend: 0,
-  sibling: null, divider: 0.5, left: null, right: null,
+  i: 0,
+  run: 0,
+  layer: 0,
+  head: 0,
+  value: "shares",
+  form: null,
+  opacity: 0.75,
+  hover: null,
+  minuend: 1,
+  subtrahend: 0,
+  sibling: null,
+  divider: 0.5,
+  left: null,
+  right: null,
 };
 
 function el(tag, attributes = {}, ...children) {
@@ -46,12 +62,18 @@ function el(tag, attributes = {}, ...children) {
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 function number(value, digits = 3) {
   if (value === null || !Number.isFinite(value)) return "–";
-  return value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential(digits - 1) : Number(value.toPrecision(digits)).toString();
+  return value !== 0 && Math.abs(value) < 1e-3
+    ? value.toExponential(digits - 1)
+    : Number(value.toPrecision(digits)).toString();
 }
 const known = (list) => list.filter((v) => v !== null && v !== undefined && Number.isFinite(v));
-const mean = (list) => { const k = known(list); return k.length ? k.reduce((a, b) => a + b, 0) / k.length : null; };
+const mean = (list) => {
+  const k = known(list);
+  return k.length ? k.reduce((a, b) => a + b, 0) / k.length : null;
+};
 function median(list) {
-  const sorted = known(list).sort((a, b) => a - b), m = sorted.length >> 1;
+  const sorted = known(list).sort((a, b) => a - b),
+    m = sorted.length >> 1;
   if (!sorted.length) return null;
   return sorted.length % 2 ? sorted[m] : (sorted[m - 1] + sorted[m]) / 2;
 }
@@ -67,11 +89,11 @@ function decodedProbe(run, probe) {
   if (!probe.shares) return found;
   const codes = new Uint16Array(bytes(probe.shares).buffer);
   const fair = (k) => run.heads[Math.floor(k / run.width)];
-  found.tables.shares = Float32Array.from(codes, (c, k) => c === 65535 ? NaN : c / 65534 * fair(k));
+  found.tables.shares = Float32Array.from(codes, (c, k) => (c === 65535 ? NaN : (c / 65534) * fair(k)));
   for (const [name, text] of Object.entries(probe.signals || {})) {
     const { low, high, root } = run.signals[name];
-    const unit = (c) => root ? (c / 254) ** 2 : c / 254;
-    found.tables[name] = Float32Array.from(bytes(text), (c) => c === 255 ? NaN : low + unit(c) * (high - low));
+    const unit = (c) => (root ? (c / 254) ** 2 : c / 254);
+    found.tables[name] = Float32Array.from(bytes(text), (c) => (c === 255 ? NaN : low + unit(c) * (high - low)));
   }
   found.flags = new Set((probe.flagged || []).map(([l, h]) => l * run.width + h));
   found.effective = effectiveHeads(codes, run.heads, run.width);
@@ -79,10 +101,15 @@ function decodedProbe(run, probe) {
 }
 function effectiveHeads(codes, heads, width) {
   return heads.map((count, layer) => {
-    let entropy = 0, seen = false, total = 0;
+    let entropy = 0,
+      seen = false,
+      total = 0;
     for (let h = 0; h < count; h++) {
       const p = codes[layer * width + h] / 65534;
-      if (p <= 1) { seen = true; total += p; }
+      if (p <= 1) {
+        seen = true;
+        total += p;
+      }
       if (p > 0 && p <= 1) entropy -= p * Math.log(p);
     }
     return !seen ? null : total > 0 ? Math.exp(entropy) : 0; // a layer without gradient uses no head
@@ -97,8 +124,12 @@ function heatOf(run, probe, form = state.form) {
 }
 // Two values of 0 to 14 in each byte, the high half first; 15 stands for not finite.
 function nibbles(packed) {
-  const out = new Uint8Array(packed.length * 2), wide = (c) => c === 15 ? 255 : Math.round(c / 14 * 254);
-  packed.forEach((b, k) => { out[2 * k] = wide(b >> 4); out[2 * k + 1] = wide(b & 15); });
+  const out = new Uint8Array(packed.length * 2),
+    wide = (c) => (c === 15 ? 255 : Math.round((c / 14) * 254));
+  packed.forEach((b, k) => {
+    out[2 * k] = wide(b >> 4);
+    out[2 * k + 1] = wide(b & 15);
+  });
   return out;
 }
 
@@ -108,11 +139,14 @@ const colourOf = (run) => css(COLOURS[run.index % 4]);
 // the probe a run shows at a step: the latest one not after it
 function probeAt(run, step = steps[state.i]) {
   let found = run.probes[0] ?? null;
-  for (const probe of run.probes) { if (probe.step > step) break; found = probe; }
+  for (const probe of run.probes) {
+    if (probe.step > step) break;
+    found = probe;
+  }
   return found;
 }
 const nearest = (step) =>
-  steps.reduce((best, s, i) => Math.abs(s - step) < Math.abs(steps[best] - step) ? i : best, 0);
+  steps.reduce((best, s, i) => (Math.abs(s - step) < Math.abs(steps[best] - step) ? i : best), 0);
 for (const [name, kind] of Object.entries(VALUES)) {
   if (kind.top === undefined) {
     kind.top = Math.max(1e-9, ...runs.map((run) => run.signals?.[name]?.high || 0));
@@ -120,4 +154,4 @@ for (const [name, kind] of Object.entries(VALUES)) {
     kind.high = number(kind.top) + (name === "distance" ? " patches" : kind.root ? ", square-root scale" : "");
   }
 }
-const unitOf = (kind, v) => kind.root ? Math.sqrt(Math.max(0, v) / kind.top) : v / kind.top;
+const unitOf = (kind, v) => (kind.root ? Math.sqrt(Math.max(0, v) / kind.top) : v / kind.top);
