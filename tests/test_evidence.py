@@ -17,7 +17,9 @@ def run_with(folder, maps: np.ndarray, **changes) -> History:
     """A healthy run whose last probe has these maps `(images, grid_h, grid_w)`."""
     history = make_history(folder, loss_at=lambda progress: 2.3 - 2.0 * progress, grid=maps.shape[1:])
     last = history.records[-1]
-    added = replace(last, step=last.step + 50, global_step=last.global_step + 50, maps={"gradient": maps}, **changes)
+    added = replace(
+        last, step=last.step + 50, global_step=last.global_step + 50, maps={"gradient": maps}, **changes
+    )
     history.append(added)
     return History.load(folder)
 
@@ -33,9 +35,7 @@ def spot(images: int, grid: tuple[int, int], share: float, row: int = 0, column:
 
 def moving(images: int, grid: tuple[int, int], share: float) -> np.ndarray:
     """The same, in another patch of every image."""
-    return np.stack(
-        [spot(1, grid, share, k * 5 % grid[0], k * 3 % grid[1])[0] for k in range(images)]
-    )
+    return np.stack([spot(1, grid, share, k * 5 % grid[0], k * 3 % grid[1])[0] for k in range(images)])
 
 
 def test_the_figures_are_those_of_the_maps(tmp_path):
@@ -73,7 +73,8 @@ def test_heat_in_one_spot_of_every_image_is_named(tmp_path, grid, share):
         pytest.param(spot(16, (4, 4), 0.8), id="a grid so coarse that an object fills a patch"),
         pytest.param(spot(4, (8, 8), 0.8), id="too few images"),
         pytest.param(
-            np.concatenate([spot(11, (8, 8), 0.9), moving(5, (8, 8), 0.9)]), id="a third of the images without"
+            np.concatenate([spot(11, (8, 8), 0.9), moving(5, (8, 8), 0.9)]),
+            id="a third of the images without",
         ),
         pytest.param(np.zeros((16, 8, 8)), id="no heat"),
     ],

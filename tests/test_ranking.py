@@ -23,7 +23,9 @@ def test_the_weakest_contributors_come_first(tmp_path):
 def test_the_report_in_the_terminal_names_them(tmp_path):
     history = make_history(tmp_path, probes=8, signals=True, dead={(1, 2): 2, (3, 0): 3})
     lines = compare([history]).splitlines()
-    keep, prune = (next(line for line in lines if line.strip().startswith(word)) for word in ("keep", "prune"))
+    keep, prune = (
+        next(line for line in lines if line.strip().startswith(word)) for word in ("keep", "prune")
+    )
     best = prune_order(history)[-1]
     assert f"blocks.{best[0]}.attn head {best[1]}" in keep
     assert "blocks.1.attn head 2" in prune

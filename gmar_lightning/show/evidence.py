@@ -15,7 +15,7 @@ REGION_PART = 0.05
 # An object that moves, or differs in shape, leaves a region as small as that with far less than half of the heat.
 SHORTCUT_SHARE = 0.5
 # It has to be so in nine images of ten, by at least this much: one odd class does not make a shortcut.
-SHORTCUT_LEAST = 0.25
+SHORTCUT_LEAST = 0.3
 # Fewer images, or a coarser grid, and a centred object fills the region by itself.
 LEAST_IMAGES, LEAST_CELLS = 8, 36
 # A map that is hardly better than a random one explains nothing; the difference of areas is noisy on 4 images.
@@ -30,7 +30,7 @@ class FixedRegion:
 
     Attributes:
         step: Of the probe.
-        share: Median over the images of the part of their heat that lies in the region.
+        share: Median over the images of the part of their heat that lies in the region that the other images have.
         least: The tenth percentile of the same.
         first: The median at the first probe, in the same region; NaN without maps.
         patches: `(row, column)` of the region, hottest first.
@@ -74,22 +74,36 @@ def fixed_region(history: History) -> FixedRegion | None:
     if last is None:
         return None
     count = max(1, round(REGION_PART * last.shape[1] * last.shape[2]))
+    shares = _shares_elsewhere_hot(last.reshape(len(last), -1), count)
     order = np.argsort(-last.mean(axis=0).ravel(), kind="stable")[:count]
-    shares = last.reshape(len(last), -1)[:, order].sum(axis=1)
-    begin = next((record for record in stored if record.segment == stored[-1].segment), stored[-1])
+    begin = next(record for record in stored if record.segment == stored[-1].segment)
     first = _heat_parts(history, begin)
-    comparable = first is not None and first.shape[1:] == last.shape[1:]
+    if first is None or first.shape[1:] != last.shape[1:]:
+        before = math.nan
+    else:
+        before = float(np.median(first.reshape(len(first), -1)[:, order].sum(axis=1)))
     return FixedRegion(
         step=stored[-1].step,
         share=float(np.median(shares)),
         least=float(np.quantile(shares, 0.1)),
-        first=float(np.median(first.reshape(len(first), -1)[:, order].sum(axis=1)))
-        if comparable
-        else math.nan,
+        first=before,
         patches=tuple((int(at) // last.shape[2], int(at) % last.shape[2]) for at in order),
         grid=(last.shape[1], last.shape[2]),
         images=len(last),
     )
+
+
+def _shares_elsewhere_hot(parts: np.ndarray, count: int) -> np.ndarray:
+    """Part of each image's heat in the `count` patches that are hottest in the other images, `(images,)`.
+
+    The image itself has no say in its region: otherwise a few images with one hot patch each would make a region
+    that holds them all.
+    """
+    if len(parts) < 2:
+        return np.zeros(len(parts))
+    others = parts.sum(axis=0) - parts
+    regions = np.argsort(-others, axis=1, kind="stable")[:, :count]
+    return np.take_along_axis(parts, regions, axis=1).sum(axis=1)
 
 
 def measured(history: History) -> list[ProbeRecord]:

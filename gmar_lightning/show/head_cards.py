@@ -135,7 +135,7 @@ def _entry(record: ProbeRecord, maps: np.ndarray, cells: Sequence[tuple[int, int
     strength = strengths(maps)
     with np.errstate(divide="ignore"):
         logarithmic = 1 + np.log10(strength) / _DECADES
-    known = np.isfinite(maps).all(axis=(-2, -1))
+    known = np.asarray(np.isfinite(maps).all(axis=(-2, -1)))
     # numbers below the lowest decade are as good as zero
     levels = np.where(known, np.clip(logarithmic, 0, 1), np.nan)
     peaks = maps.max(axis=(-2, -1), keepdims=True)

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from gmar_lightning.show import keys
+
 # W&B truncates a list of images here, silently.
 _MOST_IMAGES = 108
-_STEP = "trainer/global_step"
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +52,14 @@ def open_logger(
     run.config.update({"gmar": dict(settings)}, allow_val_change=True)
     # Every key by its exact name: overlapping globs are resolved at random, and a run that existed before
     # the logger has no step metric at all.
-    run.define_metric(_STEP)
-    for name in (*scalars, "gmar/heatmaps", "gmar/inputs", "gmar/head_importance", "gmar/head_evolution"):
+    run.define_metric(keys.STEP)
+    for name in (*scalars, *keys.of_kind("pictures", "picture")):
         key = _prefixed(logger, name)
         if name in hidden:
-            run.define_metric(key, step_metric=_STEP, hidden=True, summary="none")
+            run.define_metric(key, step_metric=keys.STEP, hidden=True, summary="none")
         else:
-            run.define_metric(key, step_metric=_STEP)
-    run.define_metric(_prefixed(logger, "gmar/importance"), step_metric=_STEP)
+            run.define_metric(key, step_metric=keys.STEP)
+    run.define_metric(_prefixed(logger, keys.IMPORTANCE_HISTOGRAM), step_metric=keys.STEP)
 
 
 def publish(logger: Any, shown: Publication) -> None:
@@ -100,9 +101,9 @@ def close_logger(
     import wandb
 
     columns: list[str | int] = ["step", "layer", "head", "importance", "share", "flagged"]
-    last: dict[str, Any] = {"gmar/head_table": wandb.Table(columns=columns, data=[list(row) for row in rows])}
+    last: dict[str, Any] = {keys.HEAD_TABLE: wandb.Table(columns=columns, data=[list(row) for row in rows])}
     if report is not None:
-        last["gmar/report"] = wandb.Html(report.read_text(encoding="utf-8"), inject=False)
+        last[keys.REPORT] = wandb.Html(report.read_text(encoding="utf-8"), inject=False)
     logger.log_metrics(last, step=step)
     logger.experiment.summary.update({_prefixed(logger, key): value for key, value in summary.items()})
 
@@ -119,7 +120,7 @@ def _wandb_media(shown: Publication) -> dict[str, Any]:
     import wandb
 
     media: dict[str, Any] = {}
-    for name, images in (("gmar/heatmaps", shown.heatmaps), ("gmar/inputs", shown.inputs)):
+    for name, images in ((keys.HEATMAPS, shown.heatmaps), (keys.INPUTS, shown.inputs)):
         if len(images):
             media[name] = [
                 wandb.Image(image, caption=caption, file_type="jpg")
@@ -130,19 +131,19 @@ def _wandb_media(shown: Publication) -> dict[str, Any]:
     if finite.size:
         # A fixed range, in fair shares, so that the rows of all steps line up.
         counts = np.histogram(np.clip(finite, 0, 4), bins=32, range=(0, 4))
-        media["gmar/importance"] = wandb.Histogram(np_histogram=counts)
+        media[keys.IMPORTANCE_HISTOGRAM] = wandb.Histogram(np_histogram=counts)
     return media
 
 
 def _tensorboard_media(writer: Any, shown: Publication) -> None:
-    for name, images in (("gmar/heatmaps", shown.heatmaps), ("gmar/inputs", shown.inputs)):
+    for name, images in ((keys.HEATMAPS, shown.heatmaps), (keys.INPUTS, shown.inputs)):
         if len(images):
             writer.add_images(name, np.stack(images), shown.step, dataformats="NHWC")
     for name, picture in shown.grids.items():
         writer.add_image(name, picture, shown.step, dataformats="HWC")
     finite = shown.importance[np.isfinite(shown.importance)]
     if finite.size:
-        writer.add_histogram("gmar/importance", finite, shown.step)
+        writer.add_histogram(keys.IMPORTANCE_HISTOGRAM, finite, shown.step)
 
 
 def _is(logger: Any, name: str) -> bool:
