@@ -126,13 +126,15 @@ def test_an_event_leads_to_the_card_of_its_head(chromium, tmp_path):
         probes=14,
         dead=dead,
         head_maps_at=(0, 3),
-        explanation={"cause": "no-op sink", "evidence": "sink 0.9, values 0.01"},
+        explanation={"ablation_logit": 0.02, "control_logit": 0.31},
     )
     page = Page(chromium, write_report(tmp_path))
     page.browser.find_elements("css selector", "ol.flags button")[1].click()
     assert page.where.startswith("step 499 ")
     assert "blocks.3.attn head 4" in text(page, "#cardname")
-    assert "cause: no-op sink (sink 0.9, values 0.01)" in text(page, "#cardtext")
+    assert "Zeroing it changes the logit by 0.02; zeroing an unflagged head of its layer by 0.31" in text(
+        page, "#cardtext"
+    )
     time.sleep(0.2)
     top, bottom = page.js(
         "const box = document.getElementById('card').getBoundingClientRect(); return [box.top, box.bottom]"
