@@ -73,6 +73,29 @@ def captions(record: ProbeRecord, labels: Sequence[int] | None, names: Sequence[
     return lines
 
 
+def image_rows(
+    record: ProbeRecord, labels: Sequence[int] | None, names: Sequence[str] | None
+) -> list[dict[str, Any]]:
+    """What is known of each probe image at a probe: a row of a table.
+
+    Returns:
+        `image` (its index), `label`, `prediction`, `probability`, `score`, `drift`, `drift_from_first`; None
+        where a value is missing. Drift is 1 minus the rank correlation of the maps.
+    """
+    return [
+        {
+            "image": index,
+            "label": None if labels is None else _named(labels[index], names),
+            "prediction": _named(prediction, names),
+            "probability": record.probabilities[index],
+            "score": record.scores[index],
+            "drift": _unlikeness(record, "rank_correlation_previous", index),
+            "drift_from_first": _unlikeness(record, "rank_correlation_first", index),
+        }
+        for index, prediction in enumerate(record.predictions)
+    ]
+
+
 def pictures(history: History, record: ProbeRecord, images: Sequence[np.ndarray]) -> dict[str, Any]:
     """Overlays and grids of the last probe, as the fields of a `Publication`.
 
@@ -116,6 +139,10 @@ def summary(history: History) -> Mapping[str, Any]:
 
 def _drift(record: ProbeRecord, name: str) -> float:
     return 1.0 - _mean(np.asarray((record.drift or {}).get(name, ()), dtype=np.float64))
+
+
+def _unlikeness(record: ProbeRecord, name: str, index: int) -> float | None:
+    return 1.0 - float(record.drift[name][index]) if record.drift and name in record.drift else None
 
 
 def _named(index: int, names: Sequence[str] | None) -> str:

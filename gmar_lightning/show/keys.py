@@ -17,7 +17,8 @@ class Key:
     Attributes:
         meaning: One phrase.
         kind: "number" and "layer number" and "head number" go to every logger; "pictures" (a list), "picture",
-            "histogram", "table" and "page" to those that can show them; "summary" is one value per run.
+            "histogram", "table" (at the end; a "growing table" has new rows at each probe) and "page" to those
+            that can show them; "summary" is one value per run.
     """
 
     meaning: str
@@ -28,6 +29,7 @@ class Key:
         "pictures",
         "picture",
         "histogram",
+        "growing table",
         "table",
         "page",
         "summary",
@@ -38,6 +40,7 @@ HEATMAPS, INPUTS = "gmar/heatmaps", "gmar/inputs"
 HEAD_IMPORTANCE, HEAD_EVOLUTION = "gmar/head_importance", "gmar/head_evolution"
 IMPORTANCE_HISTOGRAM = "gmar/importance"
 HEAD_TABLE, REPORT = "gmar/head_table", "gmar/report"
+EVENTS, IMAGES = "gmar/events", "gmar/images"
 COLLAPSED, NEWLY_COLLAPSED = "gmar/collapsed_heads", "gmar/newly_collapsed"
 EFFECTIVE_HEADS, IMPORTANCE_MIN = "gmar/effective_heads", "gmar/importance_min"
 ENTROPY = "gmar/attention_entropy"
@@ -79,6 +82,8 @@ KEYS: Mapping[str, Key] = {
     f"{FAITHFULNESS_PREFIX}average_drop": Key("average drop of the maps; lower is better"),
     f"{FAITHFULNESS_PREFIX}average_drop_random": Key("the same of random maps"),
     f"{FAITHFULNESS_PREFIX}average_drop_rollout": Key("the same of plain attention rollout"),
+    EVENTS: Key("a row per event", "growing table"),
+    IMAGES: Key("a row per drawn image and probe", "growing table"),
     HEAD_TABLE: Key("every head at every probe, at the end", "table"),
     REPORT: Key("the interactive report, at the end", "page"),
     COLLAPSED_FINAL: Key("heads flagged at the end", "summary"),

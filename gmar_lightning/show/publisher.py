@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,17 +13,11 @@ from gmar_lightning.monitor.record import ProbeRecord
 from gmar_lightning.monitor.say import SayOnce
 from gmar_lightning.show import keys
 from gmar_lightning.show.console import closing_lines, event_table
-from gmar_lightning.show.dashboard import captions, pictures, scalars, summary
-from gmar_lightning.show.loggers import (
-    Publication,
-    close_logger,
-    offline_run,
-    open_logger,
-    publish,
-    raise_alert,
-    shows_pictures,
-)
+from gmar_lightning.show.dashboard import captions, image_rows, pictures, scalars, summary
+from gmar_lightning.show.loggers import adapter_for
+from gmar_lightning.show.publication import Adapter, Ending, Publication
 from gmar_lightning.show.report import write_report
+from gmar_lightning.show.wandb_logger import offline_run
 
 _TABLE = ("step", "layer", "head", "importance", "share", "flagged")
 
@@ -69,6 +63,7 @@ class Publisher:
     ) -> None:
         self.history, self.loggers, self.display = history, list(loggers), display
         self._say = SayOnce() if say is None else say
+        self._adapters = [adapter_for(logger) for logger in self.loggers]
         self._opened = False
         self._shown = self._at = 0
 
@@ -86,14 +81,12 @@ class Publisher:
         # Drawn only when they are due: the picture of a whole run takes longer as the run grows.
         media = self._guarded("drawing", lambda: self._drawn(record)) if due else None
         publication = self._publication(record, media)
-        for logger in self.loggers:
-            self._guarded(type(logger).__name__, lambda logger=logger: self._hand(logger, publication))
+        self._to_loggers(lambda adapter: self._hand(adapter, publication))
         self._opened = True
 
     def alert(self, title: str, text: str) -> None:
         """Send one alert to every logger that knows alerts."""
-        for logger in self.loggers:
-            self._guarded(type(logger).__name__, lambda logger=logger: raise_alert(logger, title, text))
+        self._to_loggers(lambda adapter: adapter.alert(title, text))
 
     def close(
         self, *, metrics: Mapping[str, float], counts: tuple[int, int], seconds: tuple[float, float]
@@ -112,14 +105,14 @@ class Publisher:
         if history.on_disk and history.records:
             report = self._guarded("the report", lambda: write_report(history.dir))
         if self._opened:
-            rows = [[row[name] for name in _TABLE] for row in history.rows()]
-            for logger in self.loggers:
-                self._guarded(
-                    type(logger).__name__,
-                    lambda logger=logger: close_logger(
-                        logger, history.records[-1].step, rows, report, summary(history)
-                    ),
-                )
+            ending = Ending(
+                history.records[-1].step,
+                [[row[name] for name in _TABLE] for row in history.rows()],
+                report,
+                history.dir if history.on_disk else None,
+                summary(history),
+            )
+            self._to_loggers(lambda adapter: adapter.close(ending))
         flagged = history.records[-1].flagged if history.records else ()
         lines = closing_lines(
             metrics=metrics,
@@ -129,7 +122,7 @@ class Publisher:
             run_seconds=seconds[1],
             flagged=[(history.layers[layer], head) for layer, head in flagged],
             folder=history.dir if history.on_disk else None,
-            wandb_offline=offline_run(self.loggers),
+            wandb_offline=self._guarded("WandbLogger", lambda: offline_run(self.loggers)),
         )
         return lines + event_table(history.events)
 
@@ -146,27 +139,34 @@ class Publisher:
         hidden = (
             frozenset(name for name, _ in keys.head_names(heads)) if display.per_head else frozenset[str]()
         )
+        events = [asdict(event) for event in record.events]
         if media is None:
-            return Publication(record.step, numbers, hidden)
+            return Publication(record.step, numbers, hidden, events=events)
         return Publication(
             record.step,
             numbers,
             hidden,
             captions=captions(record, display.labels, display.names),
             inputs=() if self._opened else display.images,
+            photographs=display.images,
+            events=events,
+            image_rows=image_rows(record, display.labels, display.names)[: len(display.images)],
             **media,
         )
 
-    def _hand(self, logger: Any, publication: Publication) -> None:
+    def _hand(self, adapter: Adapter, publication: Publication) -> None:
         if not self._opened:
             settings = self.history.run.get("settings") or {}
-            open_logger(logger, settings, list(publication.scalars), publication.hidden)
-            if not shows_pictures(logger) and self.history.on_disk and type(logger).__name__ != "DummyLogger":
-                self._say(
-                    f"GMARCallback: {type(logger).__name__} takes numbers only; "
-                    f"the pictures are in {self.history.dir}"
-                )
-        publish(logger, publication)
+            adapter.open(settings, list(publication.scalars), publication.hidden)
+            name = type(adapter.logger).__name__
+            if not adapter.pictures and self.history.on_disk and name != "DummyLogger":
+                self._say(f"GMARCallback: {name} takes numbers only; the pictures are in {self.history.dir}")
+        adapter.publish(publication)
+
+    def _to_loggers(self, action: Callable[[Adapter], None]) -> None:
+        """Do it with every logger; one that fails is said once, and the others go on."""
+        for adapter in self._adapters:
+            self._guarded(type(adapter.logger).__name__, lambda adapter=adapter: action(adapter))
 
     def _guarded(self, sink: str, action: Callable[[], Any]) -> Any:
         try:
