@@ -21,7 +21,7 @@ import numpy as np
 
 from gmar_lightning.monitor.causes import Evidence, margins
 from gmar_lightning.monitor.events import EventKind, HeadEvent
-from gmar_lightning.monitor.latch import Latch, LevelMemory, lower_median
+from gmar_lightning.monitor.latch import Latch, LevelMemory
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Rule:
 
 
 # A sink that takes nearly all mass is one-token attention too, and is reported as the sink it is.
-_SINK, _UNIFORM, _ONE_TOKEN = 0.1, 0.002, 0.1
+_SINK, _UNIFORM, _ONE_TOKEN = 0.1, 0.002, 0.15
 
 RULES = (
     Rule(
@@ -68,7 +68,7 @@ RULES = (
         "spread",
         near=_ONE_TOKEN,
         kept=0.25,
-        beside=0.25,
+        beside=0.5,
         had=0.0,
         what="attends to one token only: its entropy went from {before:.2f} to {now:.3f} (1 is uniform)",
         advice="training with collapsed entropy tends to diverge; lower the learning rate, warm up longer or "
@@ -81,9 +81,9 @@ RULES = (
         "entropy",
         "focus",
         near=_UNIFORM,
-        kept=0.05,
+        kept=0.02,
         beside=0.05,
-        had=0.002,
+        had=2e-4,
         what="attends to everything alike: its entropy went from {before:.4f} to {now:.5f} (1 is uniform)",
         advice="it averages the tokens and chooses none; look for queries or keys driven to zero (weight decay "
         "on them, a frozen or reset projection)",
@@ -95,7 +95,7 @@ RULES = (
         "calm",
         near=1 / 30,
         kept=0.2,
-        beside=0.34,
+        beside=0.4,
         had=0.0,
         what="has attention logits that keep growing: the largest went from {before:.1f} to {now:.0f}",
         advice="beyond about 100 half precision and the softmax saturate; clip or normalise queries and keys "
@@ -108,7 +108,7 @@ RULES = (
         "outside sink",
         near=_SINK,
         kept=0.25,
-        beside=0.25,
+        beside=0.5,
         had=0.0,
         what="gives nearly all of its attention to one token: that token's share went from {before:.2f} to "
         "{now:.3f}",
@@ -122,7 +122,7 @@ RULES = (
         "difference",
         near=0.02,
         kept=0.1,
-        beside=0.1,
+        beside=0.2,
         had=0.0,
         what="became a copy of another head of its layer: cosine of the two went from {before:.2f} to {now:.4f}",
         advice="one of the two is redundant and can be pruned, or set anew to be of use",
@@ -144,16 +144,16 @@ RULES = (
     Rule(
         "constant_values",
         "constant_values_end",
-        "output_rank",
-        "variety",
+        "value_similarity",
+        "value difference",
         near=0.02,
-        kept=0.05,
-        beside=0.05,
+        kept=0.1,
+        beside=0.2,
         had=0.0,
-        what="returns the same for every token: the effective rank of its output went from {before:.1f} to "
-        "{now:.3f}, though it still tells tokens apart in its attention",
-        advice="its values became constant; look at its value projection (weights at zero beside a bias)",
-        unless=(("focus", 2 * _UNIFORM), ("outside sink", 2 * _SINK), ("spread", _ONE_TOKEN)),
+        what="has the same value for every token: their mean cosine went from {before:.2f} to {now:.4f}",
+        advice="whatever it attends to, it returns the same; look at its value projection (weights at zero "
+        "beside a bias)",
+        unless=(("token difference", 0.1),),
     ),
 )
 
@@ -251,7 +251,7 @@ class AttentionRules:
         margin, own = now[rule.margin], self._memory.reference(rule.margin)
         judged = (self._memory.age(rule.margin) >= self._warmup) & (own > rule.had) & ~idle
         # The layer as it was, not as it is: a whole layer that degenerates must not hide itself.
-        layer = lower_median(own)
+        layer = _typical(own)
         next_to_nothing = margin < rule.near
         lost_its_own = margin < rule.kept * own
         unlike_its_layer = margin < rule.beside * layer
@@ -294,6 +294,12 @@ class AttentionRules:
         )
 
 
+def _typical(held: np.ndarray) -> np.ndarray:
+    """Median over the heads of each layer, `(layers, 1)`; NaN for a layer without any."""
+    some = np.isfinite(held).any(axis=1, keepdims=True)
+    return np.where(some, np.nanmedian(np.where(some, held, 0.0), axis=1, keepdims=True), np.nan)
+
+
 def _explained(rule: Rule, now: Mapping[str, np.ndarray]) -> np.ndarray:
     """Where another degenerate state says the same thing better."""
     explained = np.zeros(now[rule.margin].shape, dtype=bool)
@@ -305,11 +311,9 @@ def _explained(rule: Rule, now: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def _signal_of(margin: str, held: float) -> float:
     """The signal that a margin was computed from."""
-    if margin in ("focus", "outside sink", "difference", "token difference"):
+    if margin in ("focus", "outside sink", "difference", "token difference", "value difference"):
         return 1 - held
-    if margin == "calm":
-        return 1 / held
-    return held + 1 if margin == "variety" else held
+    return 1 / held if margin == "calm" else held
 
 
 def _nearest(similarity: np.ndarray, head: int) -> int:

@@ -109,9 +109,14 @@ def margins(signals: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     put("outside sink", "sink_mass", lambda mass: 1 - mass)
     put("difference", "similarity", lambda cosine: 1 - cosine)
     put("token difference", "token_similarity", lambda cosine: 1 - cosine)
-    put("variety", "output_rank", lambda rank: rank - 1)
+    put("value difference", "value_similarity", lambda cosine: 1 - cosine)
     for name in ("value_norm", "gradient_norm", "output_norm", "agreement", "layer_scale"):
         put(name, name, lambda norm: norm)
+    if "agreement" not in found and {"contribution", "contribution_signed"} <= signals.keys():
+        # The signed mean over images beside the mean of sizes: 1 where all images pull the same way.
+        size = signals["contribution"]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found["agreement"] = np.where(size > 0, np.abs(signals["contribution_signed"]) / size, np.nan)
     return found
 
 

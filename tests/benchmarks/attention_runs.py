@@ -1,7 +1,4 @@
-"""Small Vision Transformers trained on real digits, with attention made to fail in ways importance cannot see.
-
-The signals are computed here from whole attention maps, independently of the engine.
-"""
+"""Small Vision Transformers trained on real digits, with attention made to fail in ways importance cannot see."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from gmar_lightning.explain.attention import record_attention
+from gmar_lightning.explain.gmar import gmar
 from tests.benchmarks.collapse_runs import EVERY, SHAPES, build
 
 ATTENTION = ("one token", "uniform", "logits", "sink", "copy", "rank", "constant")
@@ -84,8 +81,8 @@ def _tampered(qkv: Tensor, what: Plant, width: int, heads: int) -> Tensor:
     keep = torch.arange(heads) == what.head
     here = keep[:, None].to(qkv.dtype)
     queries = {
-        "one token": 60 * level,
-        "dip": 60 * level,
+        "one token": 10 ** (3.0 * level) - 1,
+        "dip": 10 ** (3.0 * level) - 1,
         "sharp from birth": 20.0,
         "slow sharpening": 1.5 * level,
         "logits": 10 ** (2.2 * level) - 1,
@@ -145,59 +142,16 @@ def attach(model: VisionTransformer, what: Plant, shape: tuple[int, int, int, in
 
 
 def signals_of(model: VisionTransformer, images: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
-    """Every signal by its definition, from whole maps, `(layers, heads)` each."""
-    entering: list[Tensor] = []
-    handles = [b.register_forward_pre_hook(lambda _, a: entering.append(a[0].detach())) for b in model.blocks]
-    with record_attention(model) as calls:
-        logits = model(images)
-        outputs = [call.output for call in calls]
-        grads = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), outputs, allow_unused=True)
-    for handle in handles:
-        handle.remove()
-    layers: list[dict[str, Tensor]] = []
-    for call, grad, x in zip(calls, grads, entering, strict=True):
-        layers.append(_signals_of_layer(call, torch.zeros_like(call.output) if grad is None else grad, x))
-    found = {name: torch.stack([layer[name] for layer in layers]).double().numpy() for name in layers[0]}
-    found["probability"] = np.array(float(logits.detach().softmax(-1).gather(1, labels[:, None]).mean()))
+    """Every signal as a record has it, `(layers, heads)` each, and the mean probability of the label."""
+    result = gmar(model, images, labels, signals=True)
+    assert result.logits is not None
+    found = {name: values.double().mean(0).numpy() for name, values in result.signals.items()}
+    found["logit_max"] = result.signals["logit_max"].double().amax(0).numpy()
+    found["importance"] = result.importance.double().mean(0).numpy()
+    found["contribution"] = result.contribution.double().abs().mean(0).numpy()
+    found["contribution_signed"] = result.contribution.double().mean(0).numpy()
+    found["probability"] = result.logits.softmax(-1).gather(1, labels[:, None]).mean().numpy()
     return found
-
-
-def _signals_of_layer(call, grad: Tensor, entering: Tensor) -> dict[str, Tensor]:
-    output, v = call.output.detach(), call.v
-    logits = call.q @ call.k.mT * call.scale
-    attention = logits.softmax(-1)
-    keys = attention.shape[-1]
-    mass = attention.mean(-2)  # (batch, heads, keys)
-    sink = mass.argmax(-1)
-    norms = v.norm(dim=-1)
-    at_sink = norms.gather(-1, sink[..., None])[..., 0]
-    others = (norms.sum(-1) - at_sink) / (keys - 1)
-    flat = F.normalize(output.flatten(2), dim=-1)
-    cosine = (flat @ flat.mT).mean(0)
-    cosine.fill_diagonal_(-1)
-    values = torch.linalg.svdvals(output.float())
-    weight = values / values.sum(-1, keepdim=True).clamp_min(1e-30)
-    tokens = F.normalize(entering, dim=-1)
-    alike = ((tokens @ tokens.mT).sum((-2, -1)) - keys) / (keys * (keys - 1))
-    heads = output.shape[1]
-    norm_of_mean = grad.mean(0).flatten(1).norm(dim=-1)
-    per_image = grad.flatten(2).norm(dim=-1)
-    return {
-        "importance": (grad @ v.mT).abs().sum((-2, -1)).mean(0),
-        "contribution": (grad * output).sum((-2, -1)).abs().mean(0),
-        "entropy": torch.special.entr(attention).sum(-1).mean(-1).mean(0) / np.log(keys),
-        "output_norm": output.flatten(2).norm(dim=-1).mean(0),
-        "value_norm": v.flatten(2).norm(dim=-1).mean(0),
-        "gradient_norm": per_image.mean(0),
-        "logit_max": logits.amax((0, 2, 3)),
-        "sink_mass": mass.amax(-1).mean(0),
-        "sink_token": sink.mode(0).values,
-        "sink_value_norm": (at_sink / others.clamp_min(1e-30)).mean(0),
-        "output_rank": torch.special.entr(weight).sum(-1).exp().mean(0),
-        "agreement": norm_of_mean / per_image.mean(0).clamp_min(1e-30),
-        "similarity": cosine.amax(-1),
-        "token_similarity": alike.mean().expand(heads),
-    }
 
 
 def run(kind: str, seed: int, probes: int, data: tuple[Tensor, Tensor], folder: Path | None = None) -> Series:

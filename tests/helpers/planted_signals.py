@@ -56,7 +56,7 @@ def healthy_signals(rng: np.random.Generator, layers: int, heads: int, probes: i
         "sink_value_norm": wander(0.5, 1.3),
         "similarity": np.minimum(wander(0.1, 0.7), 0.95),
         "token_similarity": np.minimum(wander(0.1, 0.7, (1, layers, 1))[:, :, :1] * np.ones(shape), 0.95),
-        "output_rank": 1 + wander(0.3, 6.0),
+        "value_similarity": np.minimum(wander(0.05, 0.7), 0.95),
         "value_norm": wander(1.0, 5.0),
         "gradient_norm": wander(0.1, 0.5),
         "output_norm": wander(1.0, 5.0),
@@ -85,7 +85,7 @@ def plant(
         "sink": lambda: (signals["sink_mass"].__setitem__(at, 1 - low), to("entropy", low)),
         "copy": lambda: signals["similarity"].__setitem__(at, 1 - low * 0.05),
         "tokens alike": lambda: signals["token_similarity"].__setitem__(at, 1 - low * 0.5),
-        "constant": lambda: signals["output_rank"].__setitem__(at, 1 + low * 0.1),
+        "constant": lambda: signals["value_similarity"].__setitem__(at, 1 - low * 0.1),
         "values": lambda: by(low, "value_norm", "output_norm", "importance"),
         "projection": lambda: by(low, "gradient_norm", "importance"),
         "no-op": lambda: (
