@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from gmar_lightning.explain.importance import head_shares
 from gmar_lightning.monitor.attention_rules import AttentionRules
 from gmar_lightning.monitor.causes import with_causes
 from gmar_lightning.monitor.events import EventKind, HeadEvent, HeadState, ProbeReport, nonfinite_event
-from gmar_lightning.monitor.latch import HOLD, HeadMemory, Latch, most, most_of_the_others, shares
+from gmar_lightning.monitor.latch import HOLD, HeadMemory, Latch, most, most_of_the_others
 
 _TINY = 1e-9  # keeps a quotient finite; smaller than any fraction that is compared
 
@@ -214,7 +215,7 @@ class CollapseDetector:
         return {name: getattr(self, f"_{name}") for name in names}
 
     def _judge(self, step: int, raw: np.ndarray) -> list[HeadEvent]:
-        memory, share = self._memory, shares(raw)
+        memory, share = self._memory, head_shares(torch.from_numpy(raw)).numpy()
         memory.excuse_what_fell_by_an_explosion(raw, share)
         kept = memory.kept(raw, self.warmup)
         top = memory.best_kept(kept, self.dormant_after, self._dormant.active)

@@ -55,15 +55,15 @@ class HeadEvent:
         reference: The same quantity at the highest level that was held for three probes.
         since_step: Step of the first probe at which the condition held.
         message: The event with its numbers, for a person.
-        ablation_logit: Mean absolute change of the explained logit when the head is zeroed, if measured.
-        ablation_loss: Mean change of the loss when the head is zeroed, if measured.
-        control_logit: The same as `ablation_logit`, mean over unflagged heads of the layer, if measured.
-        control_loss: The same as `ablation_loss`, mean over unflagged heads of the layer, if measured.
+        ablation_logit: Mean change of the explained logit when the flagged heads are zeroed, if measured.
+        ablation_loss: Mean change of the loss when the flagged heads are zeroed, if measured.
+        control_logit: The same for as many random unflagged heads of the layer, if measured.
+        control_loss: The same for as many random unflagged heads of the layer, if measured.
         cause: Why, one of `causes.Cause`; None where it was not asked (no signals).
         evidence: The two figures that decided the cause.
-        mean_ablation_logit: As `ablation_logit`, with the head's mean output over the images in its place.
-        mean_ablation_loss: As `ablation_loss`, with the head's mean output over the images in its place.
-        gate_logit: Mean absolute change of the logit by the gradient at the head's gate, integrated.
+        mean_ablation_logit: As `ablation_logit`, with their mean output over the images in their place.
+        mean_ablation_loss: As `ablation_loss`, with their mean output over the images in their place.
+        gate_logit: This head's own part of `ablation_logit`, by the gradient at its gate in 4 steps.
         ablation_images: How many images all of this was measured on.
     """
 

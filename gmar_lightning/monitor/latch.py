@@ -200,12 +200,6 @@ class LevelMemory:
             self._ages[name] = restored(part["age"], np.zeros(self._shape, dtype=np.int64))
 
 
-def shares(raw: np.ndarray) -> np.ndarray:
-    """Fraction of the layer's sum, `(layers, heads)`; zero in a layer that is all zero."""
-    total = raw.sum(axis=1, keepdims=True)
-    return np.divide(raw, total, out=np.zeros_like(raw), where=total > 0)
-
-
 def most(ordered: np.ndarray) -> float:
     """The value that all but a quarter of the ascending values do not exceed."""
     return float(ordered[math.ceil(MOST * (len(ordered) - 1))])
