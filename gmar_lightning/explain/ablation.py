@@ -153,23 +153,25 @@ def gate_effects(
     total = torch.zeros(len(targets), len(heads))
     for step in range(steps):
         gates: dict[Head, Tensor] = {}
-
-        def gated(output: Tensor, layer: int, of_layer: Sequence[int], level: float) -> Tensor:
-            factors = list(output.new_ones(len(output), output.shape[1]).unbind(1))
-            for head in of_layer:
-                gates[layer, head] = factors[head] = output.new_full((len(output),), level).requires_grad_()
-            return output * torch.stack(factors, 1)[:, :, None, None]
-
-        level = (step + 0.5) / steps
+        change = _through_gates(gates, (step + 0.5) / steps)
         with undisturbed(classifier), torch.enable_grad():
-            inputs = model_inputs(classifier, images)
-            logits = _forward_changing(
-                classifier, inputs, heads, lambda *given, level=level: gated(*given, level)
-            )
+            logits = _forward_changing(classifier, model_inputs(classifier, images), heads, change)
             score = logits.gather(1, targets.to(logits.device)[:, None]).sum()
             grads = torch.autograd.grad(score, [gates[at] for at in heads])
-        total -= torch.stack([grad.detach().float().cpu() for grad in grads], 1) / steps
+        total -= torch.stack([grad.float().cpu() for grad in grads], 1) / steps
     return total
+
+
+def _through_gates(gates: dict[Head, Tensor], level: float) -> Callable[[Tensor, int, Sequence[int]], Tensor]:
+    """Multiply the output of heads by gates of one level, one for each image, which are kept in `gates`."""
+
+    def gated(output: Tensor, layer: int, of_layer: Sequence[int]) -> Tensor:
+        factors = list(output.new_ones(len(output), output.shape[1]).unbind(1))
+        for head in of_layer:
+            gates[layer, head] = factors[head] = output.new_full((len(output),), level).requires_grad_()
+        return output * torch.stack(factors, 1)[:, :, None, None]
+
+    return gated
 
 
 def _logits_without(

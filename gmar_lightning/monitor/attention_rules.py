@@ -81,12 +81,14 @@ RULES = (
         "entropy",
         "focus",
         near=_UNIFORM,
-        kept=0.02,
-        beside=0.05,
-        had=2e-4,
+        kept=0.005,
+        beside=0.02,
+        had=2e-3,
         what="attends to everything alike: its entropy went from {before:.4f} to {now:.5f} (1 is uniform)",
         advice="it averages the tokens and chooses none; look for queries or keys driven to zero (weight decay "
         "on them, a frozen or reset projection)",
+        # tokens that are alike are attended to alike
+        unless=(("token difference", 0.2),),
     ),
     Rule(
         "logit_growth",
@@ -258,7 +260,7 @@ class AttentionRules:
         on = judged & next_to_nothing & lost_its_own & unlike_its_layer & ~_explained(rule, now)
         if rule.kind == "constant_values" and "value_norm" in now:
             # Values that are gone are no constant values: that is a collapse, and reported as one.
-            on &= now["value_norm"] > 0.3 * self._memory.reference("value_norm")
+            on &= now["value_norm"] > 1e-3 * self._memory.reference("value_norm")
         limit = np.minimum(rule.near, np.minimum(rule.kept * own, rule.beside * layer))
         off = margin >= self._hysteresis * limit
         if rule.whole_layer:

@@ -127,8 +127,7 @@ class CollapseDetector:
                 `layers`, or an entry is negative.
         """
         step = operator.index(step)
-        started = self._last_step is not None
-        present = self._memory.present if started else None
+        present = None if self._last_step is None else self._memory.present
         raw = _as_array(importance, "importance", None if present is None else present.shape)
         names = _checked_names(raw, layers, self._names)
         others = {name: _as_array(value, name, raw.shape) for name, value in (signals or {}).items()}
@@ -137,7 +136,7 @@ class CollapseDetector:
             return [nonfinite_event(step, bad, names)]
         if np.nanmin(raw) < 0:
             raise ValueError(f"importance is a norm and cannot be negative, got {np.nanmin(raw):.3g}")
-        if not started:
+        if present is None:
             self._begin(raw.shape)
         self._names = names
         if self._last_step is not None and step <= self._last_step:

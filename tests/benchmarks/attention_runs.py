@@ -15,7 +15,7 @@ from gmar_lightning.explain.gmar import gmar
 from tests.benchmarks.collapse_runs import EVERY, SHAPES, build
 
 ATTENTION = ("one token", "uniform", "logits", "sink", "copy", "rank", "constant")
-CAUSES = ("values", "projection", "layer scale", "cut", "all values", "frozen layer values")
+CAUSES = ("values", "projection", "layer scale", "cut", "all values")
 LOOKALIKES = ("healthy", "dip", "sharp from birth", "slow sharpening")
 
 
