@@ -1,7 +1,8 @@
 """How well failures that importance cannot see, and causes, are named: `python -m tests.benchmarks.attention FOLDER`.
 
-Small ViTs learn scikit-learn's digits while one thing goes wrong (`attention_runs`). Limits were chosen on seeds 1, 2
-and 3 and on made-up series; the second table comes from the seeds of `REPORT`. Runs are kept in FOLDER. An event is right from the probe at which its plant began; a plant is named when its event comes.
+Small ViTs learn scikit-learn's digits while one thing goes wrong (`attention_runs`). Limits were chosen on the
+seeds of `TUNE` and on made-up series; the second table comes from the seeds of `REPORT`. Runs are kept in FOLDER.
+An event is right from the probe at which its plant began; a plant is named when its event comes.
 """
 
 from __future__ import annotations
