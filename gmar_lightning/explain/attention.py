@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,6 +19,10 @@ from gmar_lightning.explain.intercept import (
     softmax_map,
 )
 from gmar_lightning.explain.trace import ModuleTrace
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +45,12 @@ class AttentionCall:
             same values.
         detached: Whether this call continues another chain than the calls before it.
         edge: Where the output entered the graph; None when it was computed without one.
+        weights: The map itself, detached, for attention written by hand; queries and keys then stand for their
+            sizes alone.
+        values: The values, attached to the graph.
+        entering: What the module that made the call was given.
+        arrange: Brings a gradient at `edge` to the shape of `output`.
+        mixers_before: How many places outside the attention had mixed tokens when the call was made.
     """
 
     name: str
@@ -57,6 +67,11 @@ class AttentionCall:
     twin: bool = False
     detached: bool = False
     edge: GradientEdge | None = None
+    weights: Tensor | None = None
+    values: Tensor | None = None
+    entering: tuple[Tensor, ...] = ()
+    arrange: Callable[[Tensor], Tensor] = _as_it_is
+    mixers_before: int = 0
 
     @property
     def is_pool(self) -> bool:
@@ -69,6 +84,9 @@ class AttentionCall:
 
     def attention(self, rows: slice = slice(None)) -> Tensor:
         """The softmaxed attention map of some query rows, `(batch, heads, rows, keys)`."""
+        if self.weights is not None:
+            # A copy: callers work on the map in place.
+            return at_least_float32(self.weights[:, :, rows]).clone()
         return softmax_map(self.q, self.k, self.mask, self.scale, self.causal, rows)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.softmax import HandProduct
 from gmar_lightning.explain.trace import ModuleTrace, in_backward
 
 _FUSED = F.scaled_dot_product_attention
@@ -38,7 +39,11 @@ USES_WEIGHTS = (
 
 @dataclass(frozen=True, eq=False)
 class CallArguments:
-    """What an attention function was called with, before anything is computed."""
+    """What an attention function was called with, before anything is computed.
+
+    For attention `written` by hand, queries and keys stand for their sizes alone, `(..., queries, 1)` and
+    `(..., keys, 1)`.
+    """
 
     name: str
     owner: str
@@ -50,9 +55,17 @@ class CallArguments:
     causal: bool
     scale: float
     grouped: bool
+    written: HandProduct | None = None
 
     def compute(self, mask: Tensor | None = None) -> Tensor:
         """Run the fused kernel, with another mask if one is given (the causal flag is then part of it)."""
+        if self.written is not None:
+            if mask is not None:
+                raise UnsupportedModelError(
+                    f"{self.name} ({self.owner}) computes its attention by hand: tokens cannot be hidden from it. "
+                    "Take a pixel baseline."
+                )
+            return self.written.compute()
         causal = self.causal and mask is None
         mask = self.mask if mask is None else mask
         extra: dict[str, Any] = {"enable_gqa": True} if self.grouped else {}
@@ -175,6 +188,28 @@ class _Interceptor:
             grouped=given["enable_gqa"],
         )
 
+    def by_hand(self, written: HandProduct) -> Tensor:
+        """A product of a map and values, handed on like a fused call."""
+        name, owner, invocation = self.trace.current()
+        if written.where in self.trace.softmaxes:
+            self.trace.softmaxes.remove(written.where)
+        sizes = written.weights.detach()
+        call = CallArguments(
+            name=name,
+            owner=owner,
+            invocation=invocation,
+            q=sizes[..., :1],
+            k=sizes[..., :1, :].mT,
+            v=written.values,
+            mask=None,
+            causal=False,
+            scale=1.0,
+            grouped=False,
+            written=written,
+        )
+        with self._unwatched():
+            return written.restored(self.handle(call))
+
     def multi_head(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """`multi_head_attention_forward`, led through the fused path also when weights are asked for."""
         bound = _MULTI_HEAD_SIGNATURE.bind(*args, **kwargs)
@@ -218,6 +253,10 @@ class _Watcher(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is _FUSED and not self.interceptor.inside:
             return self.interceptor(*args, **kwargs)
+        if not self.interceptor.inside and not in_backward():
+            written = self.trace.hand.product(func, args, kwargs)
+            if written is not None:
+                return self.interceptor.by_hand(written)
         result = func(*args, **kwargs)
         if not self.interceptor.inside:
             self.trace.saw_function(func, (*args, *kwargs.values()), result, func in _SOFTMAX)
