@@ -60,6 +60,11 @@ class ClassLogit:
             else f"logit of class {self.class_index}"
         )
 
+    def for_images(self, rows: slice) -> ClassLogit:
+        """The same target for part of the batch."""
+        one = self.class_index is None or isinstance(self.class_index, int)
+        return self if one else ClassLogit(list(self.class_index)[rows], self.name)
+
 
 class MaskLogit:
     """The mean logit of one class over a region of a dense output, `(batch, classes, height, width)`.
@@ -97,6 +102,12 @@ class MaskLogit:
                 )
             weights = weights.expand_as(chosen)
         return (chosen * weights).sum((1, 2)) / weights.sum((1, 2)).clamp_min(torch.finfo(logits.dtype).tiny)
+
+    def for_images(self, rows: slice) -> MaskLogit:
+        """The same target for part of the batch."""
+        if self.mask is None or self.mask.ndim == 2:
+            return self
+        return MaskLogit(self.class_index, self.mask[rows], self.name)
 
     def __str__(self) -> str:
         region = "the pixels it is predicted for" if self.mask is None else "a mask"
@@ -136,6 +147,10 @@ class Similarity:
                 f"{self}: the embedding has shape {tuple(wanted.shape)}, the model's {tuple(features.shape)}"
             )
         return torch.nn.functional.cosine_similarity(features, wanted.expand_as(features), dim=-1)
+
+    def for_images(self, rows: slice) -> Similarity:
+        """The same target for part of the batch."""
+        return self if self.embedding.ndim == 1 else Similarity(self.embedding[rows], self.label, self.name)
 
     def __str__(self) -> str:
         return f"similarity to {self.label or 'an embedding'}"

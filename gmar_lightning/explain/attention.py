@@ -92,10 +92,22 @@ class AttentionCall:
 
 @dataclass
 class Recording:
-    """What one forward pass showed: its attention calls and the trace of its modules."""
+    """What one forward pass showed: its attention calls and the trace of its modules.
+
+    Attributes:
+        calls: The calls, in forward order.
+        trace: What the modules did.
+        batch: Images in the pass, when that is known before it.
+    """
 
     calls: list[AttentionCall] = field(default_factory=list)
     trace: ModuleTrace = field(default_factory=ModuleTrace)
+    batch: int | None = None
+
+    @property
+    def folded(self) -> bool:
+        """Whether some call attends within windows, several to an image."""
+        return any(len(call.q) != self.batch for call in self.calls)
 
     def forget_unread_pool(self, logits: Tensor) -> None:
         """Drop a final attention pool that ran, but whose result the logits do not use."""
@@ -138,7 +150,7 @@ def recording(model: nn.Module) -> Iterator[Recording]:
     invocations: list[int] = []
 
     def record(given: CallArguments) -> Tensor:
-        depth, detached = _place(found.calls, (given.q, given.k, given.v))
+        depth, detached = _place(found.calls, given.reads)
         beside = [index for index, other in enumerate(found.calls) if other.depth == depth and not detached]
         twin = any(
             invocations[index] == given.invocation or _same_values(found.calls[index].v, given.v)
@@ -164,10 +176,17 @@ def recording(model: nn.Module) -> Iterator[Recording]:
                 twin=twin,
                 detached=detached,
                 edge=get_gradient_edge(output) if output.requires_grad else None,
+                weights=None if given.written is None else given.written.weights.detach(),
+                values=given.v,
+                entering=found.trace.entering(),
+                mixers_before=len(found.trace.mixers),
             )
         )
         if output.ndim == 4:
             found.trace.saw_attention(len(output), output.shape[-2], given.k.shape[-2])
+        elif output.ndim == 3 and len(output) % (found.batch or len(output)) == 0:
+            # Heads merged into the batch: the tokens around the call have one row per image.
+            found.trace.saw_attention(found.batch or len(output), output.shape[-2], given.k.shape[-2])
         return output
 
     with intercept_attention(model, record, found.trace):

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from gmar_lightning.explain.attention import AttentionCall
 from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.importance import Norm, equal_weights, head_weights
+from gmar_lightning.explain.sweep import LayerNumbers
 
 Support = tuple[Tensor | None, ...]
 
@@ -29,16 +31,60 @@ def folded(calls: Sequence[AttentionCall], batch: int, image: Tensor | None) -> 
         image: The images at the head of the graph.
 
     Raises:
-        UnsupportedModelError: For a call whose axes cannot be told apart, or that attends over channels.
+        UnsupportedModelError: For a call whose axes cannot be told apart.
     """
     arranged = [_arranged(call, batch) for call in calls]
     _check_images(arranged, batch, image)
+    return arranged
+
+
+def check_over_tokens(calls: Sequence[AttentionCall]) -> None:
+    """Refuse attention over channels, asked once of each class of attention module.
+
+    Raises:
+        UnsupportedModelError: Naming the module.
+    """
     checked: set[str] = set()
-    for call in arranged:
+    for call in calls:
+        if call.shared_qkv:
+            raise UnsupportedModelError(
+                f"{call.name} ({call.owner}) pools without parameters: queries, keys and values are one tensor."
+            )
         if call.owner not in checked:
             checked.add(call.owner)
             _check_over_tokens(call)
-    return arranged
+
+
+def fold_numbers(numbers: LayerNumbers, batch: int, norm: Norm) -> LayerNumbers:
+    """Numbers of `(images * windows, heads)` as those of images.
+
+    The map of an image is the block-diagonal matrix of its windows: norms and contributions add up, means are means
+    over windows, the largest logit is the largest of any. A token's index within a window says nothing.
+
+    Args:
+        numbers: Of one layer, a row per window.
+        batch: Number of images.
+        norm: As for `gmar`.
+    """
+
+    def of_images(value: Tensor) -> Tensor:
+        return value.unflatten(0, (batch, -1))
+
+    if len(numbers.importance) == batch:
+        return numbers
+    importance = of_images(numbers.importance)
+    importance = importance.square().sum(1).sqrt() if norm == "l2" else importance.sum(1)
+    signals = {name: _folded_signal(name, of_images(value)) for name, value in numbers.signals.items()}
+    weights = equal_weights(importance) if norm == "uniform" else head_weights(importance)
+    return LayerNumbers(importance, weights, of_images(numbers.contribution).sum(1), {}, signals)
+
+
+def _folded_signal(name: str, value: Tensor) -> Tensor:
+    if name in ("output_norm", "gradient_norm"):
+        return value.square().sum(1).sqrt()
+    if name == "logit_max":
+        return value.amax(1)
+    return torch.full_like(value[:, 0], torch.nan) if name == "sink_token" else value.nanmean(1)
 
 
 def is_plain(call: AttentionCall, batch: int) -> bool:
@@ -98,7 +144,12 @@ def _reshaped(call: AttentionCall, view: Callable[[Tensor], Tensor]) -> Attentio
     lead = call.q.shape[:-2]
 
     def shaped(part: Tensor) -> Tensor:
-        if part.ndim > 2 and part.shape[:-2] != lead and part.ndim == len(lead) + 2 and part.shape[-3] != lead[-1]:
+        if (
+            part.ndim > 2
+            and part.shape[:-2] != lead
+            and part.ndim == len(lead) + 2
+            and part.shape[-3] != lead[-1]
+        ):
             part = part.repeat_interleave(lead[-1] // part.shape[-3], -3)  # grouped keys
         return view(part.expand(*lead, *part.shape[-2:]))
 

@@ -57,6 +57,13 @@ class CallArguments:
     grouped: bool
     written: HandProduct | None = None
 
+    @property
+    def reads(self) -> tuple[Tensor, ...]:
+        """The attached tensors that the output is computed from."""
+        if self.written is not None:
+            return self.written.weights, self.written.values
+        return self.q, self.k, self.v
+
     def compute(self, mask: Tensor | None = None) -> Tensor:
         """Run the fused kernel, with another mask if one is given (the causal flag is then part of it)."""
         if self.written is not None:

@@ -89,10 +89,16 @@ class HandWritten:
             return _einsum(args[0], weights, values, marked[0], run, where)
         if marked[0] == 0:
             shape = torch.broadcast_shapes(weights.shape[:-2], values.shape[:-2])
-            weights, values = weights.expand(*shape, *weights.shape[-2:]), values.expand(*shape, *values.shape[-2:])
+            weights, values = (
+                weights.expand(*shape, *weights.shape[-2:]),
+                values.expand(*shape, *values.shape[-2:]),
+            )
             return HandProduct(weights, values, run, lambda output: output, where)
         shape = torch.broadcast_shapes(weights.shape[:-2], values.shape[:-2])
-        weights, values = weights.expand(*shape, *weights.shape[-2:]), values.expand(*shape, *values.shape[-2:])
+        weights, values = (
+            weights.expand(*shape, *weights.shape[-2:]),
+            values.expand(*shape, *values.shape[-2:]),
+        )
         return HandProduct(weights.mT, values.mT, lambda: run().mT, lambda output: output.mT, where)
 
     def saw(self, func: Any, operands: tuple[Any, ...], result: Any, is_softmax: bool, where: str) -> bool:
@@ -145,7 +151,12 @@ class HandWritten:
 
 def name_of(func: Any) -> str:
     """The plain name of a torch function: `Tensor.__matmul__`, `torch.matmul` and `@` are one."""
-    return getattr(func, "__name__", "").strip("_").removesuffix("_").removeprefix("r" if _reversed(func) else "")
+    return (
+        getattr(func, "__name__", "")
+        .strip("_")
+        .removesuffix("_")
+        .removeprefix("r" if _reversed(func) else "")
+    )
 
 
 def _reversed(func: Any) -> bool:
@@ -198,7 +209,9 @@ def _labels(equation: Any, operands: tuple[Tensor, Tensor]) -> tuple[str, str, s
     counts = [t.ndim - len(part.replace("...", "")) for part, t in zip(parts, operands, strict=True)]
     # The axes that `...` stands for are aligned at the right, as in broadcasting.
     hidden = free[: max([0, *(count for part, count in zip(parts, counts, strict=True) if "..." in part)])]
-    out = [part.replace("...", "".join(hidden[len(hidden) - n :])) for part, n in zip(parts, counts, strict=True)]
+    out = [
+        part.replace("...", "".join(hidden[len(hidden) - n :])) for part, n in zip(parts, counts, strict=True)
+    ]
     if any(len(part) != t.ndim or len(set(part)) != len(part) for part, t in zip(out, operands, strict=True)):
         return None
     return out[0], out[1], result.replace("...", "".join(hidden))
