@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def embedded(path: Path) -> dict:
 
 
 def test_numbers_on_the_page_are_those_of_the_record(tmp_path):
-    history = make_history(tmp_path, probes=6, layers=3, heads=5, images=2, grid=(6, 9), companions=True)
+    history = make_history(tmp_path, probes=6, layers=3, heads=5, images=2, grid=(6, 9), signals=True)
     run = embedded(write_report(tmp_path))["runs"][0]
     assert [probe["step"] for probe in run["probes"]] == history.steps.tolist()
     for probe in run["probes"]:
@@ -43,9 +44,7 @@ def test_numbers_on_the_page_are_those_of_the_record(tmp_path):
 
 
 def test_a_full_run_fits_into_a_megabyte(tmp_path):
-    make_history(
-        tmp_path, probes=100, layers=12, heads=12, images=8, grid=(14, 14), size=224, companions=True
-    )
+    make_history(tmp_path, probes=100, layers=12, heads=12, images=8, grid=(14, 14), size=224, signals=True)
     path = write_report(tmp_path)
     assert path.stat().st_size <= 1_000_000
     run = embedded(path)["runs"][0]
@@ -99,7 +98,7 @@ def test_constant_and_broken_maps_are_not_stretched(tmp_path):
     history = make_history(tmp_path, probes=1, images=3)
     maps = np.random.default_rng(0).random((3, 8, 8))
     maps[0], maps[1, 2, 3] = 0.25 * (1 + 1e-5 * maps[0]), np.nan
-    history.append({**history.records[0], "step": 49, "global_step": 50}, maps)
+    history.append(replace(history.records[0], step=49, global_step=50, maps={"paper": maps}))
     heat = embedded(write_report(tmp_path))["runs"][0]["probes"][1]["maps"]["data"]
     shown = np.frombuffer(base64.b64decode(heat), np.uint8).reshape(3, 8, 8)
     assert (shown[0] == 0).all()
@@ -194,7 +193,7 @@ def changed(before: list[int], after: list[int]) -> bool:
 
 @pytest.mark.browser
 def test_slider_and_keys_drive_every_picture(chromium, tmp_path):
-    make_history(tmp_path, probes=12, dead={(1, 2): 3}, class_names=HOSTILE, companions=True)
+    make_history(tmp_path, probes=12, dead={(1, 2): 3}, class_names=HOSTILE, signals=True)
     page = Page(chromium, write_report(tmp_path))
     assert page.where.endswith("12 of 12")
     assert page.js("return window.hurt") is None
@@ -241,7 +240,7 @@ def test_flags_jump_and_heads_are_chosen_by_mouse_and_keyboard(chromium, tmp_pat
 
 @pytest.mark.browser
 def test_opacity_and_colours_change_what_is_seen(chromium, tmp_path):
-    make_history(tmp_path, probes=3, companions=True)
+    make_history(tmp_path, probes=3, signals=True)
     page = Page(chromium, write_report(tmp_path))
     warm, grid = page.pixels("#photos canvas"), page.pixels("#grids canvas")
     page.js("const o = document.getElementById('opacity'); o.value = 0; o.dispatchEvent(new Event('input'))")

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from gmar_lightning.monitor.history import History
+from gmar_lightning.monitor.record import effective_heads
 from gmar_lightning.show.grids import short_names
 from gmar_lightning.show.metric_names import accuracy_name, loss_name
 from gmar_lightning.show.report import run_names, write_report
-from gmar_lightning.show.verdict import FINDINGS, collapses, drift_from_first, effective_heads, ends, judge
+from gmar_lightning.show.verdict import FINDINGS, collapses, drift_from_first, ends, judge
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +66,7 @@ def compare(histories: Sequence[History], names: Sequence[str] | None = None) ->
     """
     names = list(names) if names is not None else run_names([history.dir for history in histories])
     parts = ["\n".join(_verdict_lines(h, n)) for h, n in zip(histories, names, strict=True)]
-    good = [any(record.get("importance") for record in history.records) for history in histories]
+    good = [any(record.importance is not None for record in history.records) for history in histories]
     seen = [(h, n) for h, n, usable in zip(histories, names, good, strict=True) if usable]
     if seen:
         columns = [name for _, name in seen]
@@ -96,7 +97,7 @@ def _verdict_lines(history: History, name: str) -> list[str]:
 def _number_rows(histories: Sequence[History]) -> list[list[str]]:
     rows = {
         "probes": [str(len(h.records)) for h in histories],
-        "last step": [str(h.records[-1]["step"]) for h in histories],
+        "last step": [str(h.records[-1].step) for h in histories],
         "accuracy": [_course(h, accuracy_name(h)) for h in histories],
         "loss": [_course(h, loss_name(h)) for h in histories],
         "effective heads": [_effective(h) for h in histories],

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from gmar_lightning.monitor.history import History
+from gmar_lightning.monitor.record import ProbeRecord
 from gmar_lightning.show.colour import HEAT
 from gmar_lightning.show.grids import short_names
 from gmar_lightning.show.metric_names import accuracy_name, loss_name
@@ -138,29 +139,34 @@ def _run_data(history: History, name: str) -> dict[str, Any]:
 
 def _probe_data(history: History, index: int) -> dict[str, Any]:
     record = history.records[index]
-    shown = {key: record.get(key) for key in ("step", "epoch", "error")}
-    shown["segment"] = str(record.get("segment", 0))
-    metrics = record.get("metrics") or {}
     names = {"accuracy": accuracy_name(history), "loss": loss_name(history)}
-    shown["metrics"] = {kind: _short(metrics.get(name)) for kind, name in names.items() if name}
-    if not record.get("importance"):
+    shown: dict[str, Any] = {
+        "step": record.step,
+        "epoch": record.epoch,
+        "error": record.failure,
+        "segment": str(record.segment),
+        "metrics": {kind: _short(record.metrics.get(name)) for kind, name in names.items() if name},
+    }
+    if record.importance is None:
         return shown
-    count = int(history.segment_run(record.get("segment", 0)).get("num_heatmaps") or 0)
-    shares = history.table(record, "shares")
+    count = int(history.segment_run(record.segment).get("num_heatmaps") or 0)
     totals = np.nansum(history.table(record, "importance"), axis=1)
+    drift = record.drift or {}
     shown |= {
-        "shares": _base64(_quantised(shares, 1.0, _MISSING_SHARE).astype("<u2").tobytes()),
+        "shares": _base64(
+            _quantised(history.table(record, "shares"), 1.0, _MISSING_SHARE).astype("<u2").tobytes()
+        ),
         "totals": [_short(total) for total in totals],
-        "flagged": record.get("flagged") or [],
-        "predictions": (record.get("predictions") or [])[:count],
-        "probabilities": [_short(p) for p in (record.get("probabilities") or [])[:count]],
-        "previous": _short(_median((record.get("drift") or {}).get("rank_correlation_previous"))),
-        "correlation": [_short(v) for v in (record.get("drift") or {}).get("rank_correlation_first") or []],
-        "overlap": [_short(v) for v in (record.get("drift") or {}).get("top20_overlap_first") or []],
+        "flagged": [list(cell) for cell in record.flagged],
+        "predictions": list(record.predictions[:count]),
+        "probabilities": [_short(p) for p in record.probabilities[:count]],
+        "previous": _short(_median(drift.get("rank_correlation_previous"))),
+        "correlation": [_short(v) for v in drift.get("rank_correlation_first", ())],
+        "overlap": [_short(v) for v in drift.get("top20_overlap_first", ())],
         "maps": _maps(history, record),
     }
     for key, top in (("entropy", 1.0), ("distance", _distance_top(history))):
-        if record.get(key):
+        if key in record.signals:
             values = _quantised(history.table(record, key), top, 255)
             shown[key] = _base64(values.astype(np.uint8).tobytes())
     return shown
@@ -171,8 +177,8 @@ def _distance_top(history: History) -> float:
     return math.hypot(*(history.run.get("grid") or (1, 1)))
 
 
-def _maps(history: History, record: dict[str, Any]) -> dict[str, Any] | None:
-    maps = history.maps_of(record)
+def _maps(history: History, record: ProbeRecord) -> dict[str, Any] | None:
+    maps = next(iter(history.maps_of(record).values()), None)
     if maps is None or not maps.size:
         return None
     maps = np.stack([_at_most(one, _GRID_SIDE) for one in maps.astype(np.float64)])
@@ -221,9 +227,9 @@ def _quantised(values: np.ndarray, top: float, missing: int) -> np.ndarray:
     return np.where(finite, scaled.round(), missing)
 
 
-def _median(values: Sequence[float | None] | None) -> float | None:
-    known = [value for value in values or () if value is not None]
-    return float(np.median(known)) if known else None
+def _median(values: np.ndarray | None) -> float | None:
+    known = np.empty(0) if values is None else values[np.isfinite(values)]
+    return float(np.median(known)) if known.size else None
 
 
 def _short(value: float | None) -> float | None:

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from gmar_lightning.monitor.drift import rank_correlation, top_overlap
+from gmar_lightning.monitor.events import HeadEvent
 from gmar_lightning.monitor.history import History
+from gmar_lightning.monitor.record import ProbeRecord
 
 
 def photographs(count: int = 8, size: int = 64) -> list[np.ndarray]:
@@ -47,23 +49,19 @@ def head_importance(probe: int, layers: int, heads: int, dead: dict[tuple[int, i
 
 
 def collapse_event(
-    step: int, layer: int, head: int, kind: str = "collapsed", since: int | None = None
-) -> dict:
-    return {
-        "step": step,
-        "kind": kind,
-        "layer": layer,
-        "head": head,
-        "layer_name": f"blocks.{layer}.attn",
-        "value": 0.04,
-        "reference": 0.9,
-        "since_step": step if since is None else since,
-        "message": f"blocks.{layer}.attn head {head} {kind}: 0.90 to 0.04 of a fair share",
-        "ablation_logit": None,
-        "ablation_loss": None,
-        "control_logit": None,
-        "control_loss": None,
-    }
+    step: int, layer: int | None, head: int | None, kind: str = "collapsed", since: int | None = None
+) -> HeadEvent:
+    return HeadEvent(
+        step=step,
+        kind=kind,
+        layer=layer,
+        head=head,
+        layer_name=f"blocks.{layer}.attn",
+        value=0.04,
+        reference=0.9,
+        since_step=step if since is None else since,
+        message=f"blocks.{layer}.attn head {head} {kind}: 0.90 to 0.04 of a fair share",
+    )
 
 
 def make_history(
@@ -79,7 +77,7 @@ def make_history(
     size: int = 64,
     class_names: list[str] | None = None,
     loss_at=lambda progress: 2.3 - 2.0 * progress,
-    companions: bool = False,
+    signals: bool = False,
 ) -> History:
     """A run of ``probes`` probes; ``dead`` maps (layer, head) to the probe at which it collapses."""
     dead = dead or {}
@@ -103,41 +101,37 @@ def make_history(
     first = previous = None
     for probe in range(probes):
         step = max(0, probe * every - 1)
-        base = {"step": step, "global_step": probe * every, "epoch": probe // 5, "segment": 0, "seconds": 0.2}
+        base = {"step": step, "global_step": probe * every, "epoch": probe // 5, "seconds": 0.2}
         if probe in failed:
-            history.append(
-                {**base, "events": [], "flagged": [], "metrics": {}, "error": "CUDA out of memory"}
-            )
+            history.append(ProbeRecord(**base, failure="CUDA out of memory"))
             continue
         maps = heatmaps(probe, probes, images, grid)
         importance = head_importance(probe, layers, heads, dead)
         first, previous = maps if first is None else first, maps if previous is None else previous
         progress = probe / max(probes - 1, 1)
-        extra = {"entropy": 0.5 + 0 * importance, "distance": 0.4 + 0 * importance} if companions else {}
+        extra = {"entropy": 0.5 + 0 * importance, "distance": 0.4 + 0 * importance} if signals else {}
         history.append(
-            {
+            ProbeRecord(
                 **base,
-                **extra,
-                "importance": importance,
-                "shares": importance / importance.sum(axis=1, keepdims=True),
-                "events": [
+                signals={"importance": importance, **extra},
+                events=tuple(
                     collapse_event(step, *cell, since=max(0, at * every - 1))
                     for cell, at in dead.items()
                     if probe == at + 2
-                ],
-                "flagged": [list(cell) for cell, at in dead.items() if probe >= at + 2],
-                "drift": {
+                ),
+                flagged=tuple(cell for cell, at in dead.items() if probe >= at + 2),
+                drift={
                     "rank_correlation_first": rank_correlation(maps, first),
                     "rank_correlation_previous": rank_correlation(maps, previous),
                     "top20_overlap_first": top_overlap(maps, first),
                     "top20_overlap_previous": top_overlap(maps, previous),
                 },
-                "predictions": [(index + (probe < probes // 2)) % len(names) for index in range(32)],
-                "probabilities": [min(0.97, 0.4 + 0.5 * progress)] * 32,
-                "metrics": {"val_acc": 0.1 + 0.85 * progress, "train_loss": loss_at(progress)},
-                "error": None,
-            },
-            maps,
+                predictions=tuple((index + (probe < probes // 2)) % len(names) for index in range(32)),
+                probabilities=(min(0.97, 0.4 + 0.5 * progress),) * 32,
+                metrics={"val_acc": 0.1 + 0.85 * progress, "train_loss": loss_at(progress)},
+                maps={"paper": maps},
+            )
         )
         previous = maps
-    return history
+    # As it would be read back: with every signal, also those that a running record keeps on disk alone.
+    return History.load(folder)
