@@ -62,8 +62,9 @@ class ClassLogit:
 
     def for_images(self, rows: slice) -> ClassLogit:
         """The same target for part of the batch."""
-        one = self.class_index is None or isinstance(self.class_index, int)
-        return self if one else ClassLogit(list(self.class_index)[rows], self.name)
+        if self.class_index is None or isinstance(self.class_index, int):
+            return self
+        return ClassLogit(list(self.class_index)[rows], self.name)
 
 
 class MaskLogit:

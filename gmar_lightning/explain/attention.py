@@ -48,6 +48,7 @@ class AttentionCall:
         weights: The map itself, detached, for attention written by hand; queries and keys then stand for their
             sizes alone.
         values: The values, attached to the graph.
+        reads: Everything that the output was computed from, attached.
         entering: What the module that made the call was given.
         arrange: Brings a gradient at `edge` to the shape of `output`.
         mixers_before: How many places outside the attention had mixed tokens when the call was made.
@@ -69,6 +70,7 @@ class AttentionCall:
     edge: GradientEdge | None = None
     weights: Tensor | None = None
     values: Tensor | None = None
+    reads: tuple[Tensor, ...] = ()
     entering: tuple[Tensor, ...] = ()
     arrange: Callable[[Tensor], Tensor] = _as_it_is
     mixers_before: int = 0
@@ -178,10 +180,12 @@ def recording(model: nn.Module) -> Iterator[Recording]:
                 edge=get_gradient_edge(output) if output.requires_grad else None,
                 weights=None if given.written is None else given.written.weights.detach(),
                 values=given.v,
+                reads=given.reads,
                 entering=found.trace.entering(),
                 mixers_before=len(found.trace.mixers),
             )
         )
+        found.trace.saw_call()
         if output.ndim == 4:
             found.trace.saw_attention(len(output), output.shape[-2], given.k.shape[-2])
         elif output.ndim == 3 and len(output) % (found.batch or len(output)) == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -146,7 +146,7 @@ def checked_targets(targets: Any, batch: int) -> Goal:
         ValueError: For anything else.
     """
     if targets is None or (callable(targets) and not isinstance(targets, Tensor)):
-        return targets
+        return cast(Goal, targets)
     goals = torch.as_tensor(targets)
     if goals.shape != (batch,) or goals.is_floating_point() or goals.dtype == torch.bool:
         raise ValueError(

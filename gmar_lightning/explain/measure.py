@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmar_lightning.explain.attention import AttentionCall, Recording, recording
+from gmar_lightning.explain.attention import AttentionCall, Recording, reaches, recording
 from gmar_lightning.explain.errors import NoPictureError, UnsupportedModelError
 from gmar_lightning.explain.explained import Explained, check_images_apart, explained
 from gmar_lightning.explain.folding import check_over_tokens, fold_numbers, folded, is_plain
@@ -69,8 +69,8 @@ def measure(classifier: nn.Module, inputs: dict[str, Any], goal: Goal, form: For
         seen = explained(output, goal, batch)
         found.forget_unread_pool(seen.score)
         check_visible(found)
-        if not all(is_plain(call, batch) for call in found.calls):
-            found.calls = folded(found.calls, batch, image)
+        if not _one_chain(found.calls, batch):
+            found.calls = folded(_reached(found.calls, image), batch, image)
         if seen.targets is None:
             check_images_apart(seen.score, found.calls[-1], batch, goal)
         if batch == found.calls[0].k.shape[-2] > 1 and not found.folded:
@@ -86,6 +86,24 @@ def measure(classifier: nn.Module, inputs: dict[str, Any], goal: Goal, form: For
                     raise
                 picture, scope = None, f"none: {error}"
     return _numbers(found, grads, picture, seen, form, scope, batch)
+
+
+def _one_chain(calls: list[AttentionCall], batch: int) -> bool:
+    return all(is_plain(call, batch) and not call.detached for call in calls)
+
+
+def _reached(calls: list[AttentionCall], image: Tensor | None) -> list[AttentionCall]:
+    """The calls that look at the images: a text tower beside an image tower has no row per image."""
+    if image is None or image.grad_fn is None:
+        return calls
+    reached: list[AttentionCall] = []
+    sources: set[Any] = {image.grad_fn}
+    for call in calls:
+        starts = [x.grad_fn for x in call.reads if x.grad_fn is not None]
+        if reaches(starts, sources):
+            reached.append(call)
+            sources |= {call.edge.node} if call.edge is not None else set()
+    return reached or calls
 
 
 def _picture(

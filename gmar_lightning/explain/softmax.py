@@ -119,12 +119,16 @@ class HandWritten:
                 self._maps.put(result, where)
                 return True
             return False
-        if name in _PRODUCTS and isinstance(result, Tensor):
-            if sum(x.ndim >= 3 for x in given) >= 2 and not any(self._maps.get(x) for x in given):
-                self._scores.put(result, self._frame())
-                return False
+        if self._is_product(name, given) and isinstance(result, Tensor):
+            self._scores.put(result, self._frame())
+            return False
         self._pass_on(name, given, result)
         return False
+
+    def _is_product(self, name: str, given: list[Tensor]) -> bool:
+        """Whether two activations are multiplied; a matrix of parameters has two axes."""
+        activations = sum(x.ndim >= 3 for x in given)
+        return name in _PRODUCTS and activations >= 2 and not any(self._maps.get(x) for x in given)
 
     def _pass_on(self, name: str, given: list[Tensor], result: Any) -> None:
         results = result if isinstance(result, (tuple, list)) else (result,)

@@ -118,6 +118,7 @@ def _what_tokens_see(found: Recording, image: Tensor, layout: TokenLayout) -> tu
 
 
 def sees_its_patches(layout: TokenLayout, asked: list[int], seen: Tensor) -> bool:
+    """Whether some tokens lie where a layout says, by how strongly they depend on each pixel, `(height, width)`."""
     assert layout.grid is not None
     height, width = layout.grid
     cells = [divmod(token - layout.prefix, width) for token in asked]

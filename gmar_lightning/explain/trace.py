@@ -149,10 +149,13 @@ class ModuleTrace:
                 return frame.entering
         return ()
 
-    def saw_attention(self, batch: int, queries: int, keys: int) -> None:
-        """An attention call was computed inside the running modules."""
+    def saw_call(self) -> None:
+        """An attention call was computed inside the running modules, whatever it attended over."""
         for frame in self._stack:
             frame.called = True
+
+    def saw_attention(self, batch: int, queries: int, keys: int) -> None:
+        """An attention call went from `queries` to `keys` tokens of each of `batch` images."""
         self.tokens.saw_attention(batch, queries, keys)
         self._token_count = keys
 
