@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmar_lightning.explain.attention import AttentionCall, Recording, reaches, recording
+from gmar_lightning.explain.attention import AttentionCall, Recording, recording
 from gmar_lightning.explain.errors import NoPictureError, UnsupportedModelError
 from gmar_lightning.explain.explained import Explained, check_images_apart, explained
 from gmar_lightning.explain.folding import check_over_tokens, fold_numbers, folded, is_plain
 from gmar_lightning.explain.inputs import Goal, batch_size, forward, image_key, padding_of
+from gmar_lightning.explain.mixing import check_apart
 from gmar_lightning.explain.readout import check_rows_apart, readout
 from gmar_lightning.explain.refusals import check_plain_attention, check_reached, check_visible
 from gmar_lightning.explain.stages import last_stage, stage_layout
@@ -65,12 +66,13 @@ def measure(classifier: nn.Module, inputs: dict[str, Any], goal: Goal, form: For
     """Forward and backward; None when the batch is as long as the token axis and the two look alike."""
     with recording(classifier) as found:
         batch = found.batch = batch_size(inputs)
-        output, image = _forward(classifier, inputs)
+        output, image = _forward(classifier, inputs, found)
         seen = explained(output, goal, batch)
         found.forget_unread_pool(seen.score)
         check_visible(found)
-        if not _one_chain(found.calls, batch):
-            found.calls = folded(_reached(found.calls, image), batch, image)
+        if not all(is_plain(call, batch) for call in found.calls):
+            found.calls = folded(found.calls, batch, image)
+            found.entered = tuple(x for x in (found.calls[0].values,) if x is not None)
         if seen.targets is None:
             check_images_apart(seen.score, found.calls[-1], batch, goal)
         if batch == found.calls[0].k.shape[-2] > 1 and not found.folded:
@@ -85,25 +87,9 @@ def measure(classifier: nn.Module, inputs: dict[str, Any], goal: Goal, form: For
                 if scope == "whole":
                     raise
                 picture, scope = None, f"none: {error}"
+    if picture is not None and scope == "whole":
+        check_apart(classifier, inputs, found, picture.start, picture.padding, goal)
     return _numbers(found, grads, picture, seen, form, scope, batch)
-
-
-def _one_chain(calls: list[AttentionCall], batch: int) -> bool:
-    return all(is_plain(call, batch) and not call.detached for call in calls)
-
-
-def _reached(calls: list[AttentionCall], image: Tensor | None) -> list[AttentionCall]:
-    """The calls that look at the images: a text tower beside an image tower has no row per image."""
-    if image is None or image.grad_fn is None:
-        return calls
-    reached: list[AttentionCall] = []
-    sources: set[Any] = {image.grad_fn}
-    for call in calls:
-        starts = [x.grad_fn for x in call.reads if x.grad_fn is not None]
-        if reaches(starts, sources):
-            reached.append(call)
-            sources |= {call.edge.node} if call.edge is not None else set()
-    return reached or calls
 
 
 def _picture(
@@ -198,13 +184,14 @@ def _named(call: AttentionCall, calls: list[AttentionCall]) -> str:
     )
 
 
-def _forward(classifier: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor | None]:
+def _forward(classifier: nn.Module, inputs: dict[str, Any], found: Recording) -> tuple[Any, Tensor | None]:
     """The output, and the images at the head of its graph."""
     key = image_key(inputs)
     if key is None or not inputs[key].is_floating_point():
         return forward(classifier, inputs), None if key is None else inputs[key]
     # The copy is no leaf, so that a model may normalise its input in place, and never the caller's.
     image = inputs[key].detach().requires_grad_().clone()
+    found.image = image.grad_fn
     return forward(classifier, {**inputs, key: image}), image
 
 
