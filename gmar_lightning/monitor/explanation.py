@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import numpy as np
@@ -98,6 +98,7 @@ def explain_together(
                 module=settings.module,
                 micro_batch_size=size,
                 signals=True,
+                head_maps=settings.drawn > 0,
             )
         return _per_image(result), result.layers
 
@@ -109,9 +110,15 @@ def explain_together(
                 raise ProbeError("out of memory with one image at a time") from None
             size, exhausted = -(-size // 2), True
         else:
-            return _together([part for part, _ in parts], len(probe), parts[0][1], size, exhausted)
+            found = _together([part for part, _ in parts], len(probe), parts[0][1], size, exhausted)
+            return replace(found, head_maps=_drawn(found.head_maps, settings.drawn))
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+
+
+def _drawn(head_maps: np.ndarray | None, count: int) -> np.ndarray | None:
+    # Relevance per token of a sequence is no picture.
+    return head_maps[:count] if head_maps is not None and head_maps.ndim == 5 else None
 
 
 def _targets(probe: ProbeBatch, target: str | int, rows: list[int]) -> Tensor | None:
