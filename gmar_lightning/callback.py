@@ -86,8 +86,8 @@ class GMARCallback(Callback):
         detector: The collapse detector; None switches it off.
         on_collapse: What to do when heads collapse: "warn", "alert" (W&B alert too), "stop" (graceful), or a
             callable `(trainer, pl_module, events)`, called on every process.
-        confirm: Measure by ablation what newly flagged heads still contribute: two forwards over the probe
-            images at probes that flag, none at others.
+        confirm: Measure by ablation what newly flagged heads still contribute: five forwards over the probe
+            images, and four with their backwards, at probes that flag, none at others.
         faithfulness_every: When four of the maps are tested: insertion minus deletion, average drop, beside a random
             map and plain rollout, class sensitivity, randomisation (about 29 forwards, and two with their backwards,
             per image). "ends" tests at the first and the last probe, a number at the first and after each so many
