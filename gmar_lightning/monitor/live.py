@@ -42,6 +42,8 @@ def measure_faithfulness(
     """
     count = min(_IMAGES, len(probe))
     rows = rows_of_process(count)
+    assert explanation.targets is not None, "the callers ask for faithfulness of classes only"
+    targets = torch.from_numpy(explanation.targets[rows])
     maps = torch.from_numpy(next(iter(explanation.maps.values())))
     plain = torch.from_numpy(explanation.maps["rollout"])
     noise = random_maps((count, *maps.shape[1:]))
@@ -51,7 +53,7 @@ def measure_faithfulness(
             values = faithfulness_per_image(
                 classifier_of(model, settings.module),
                 probe.images[rows],
-                torch.from_numpy(explanation.targets[rows]),
+                targets,
                 maps[rows],
                 noise[rows],
                 rollout=plain[rows],
