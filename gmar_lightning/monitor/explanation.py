@@ -101,6 +101,7 @@ def explain_together(
                 module=settings.module,
                 micro_batch_size=size,
                 signals=True,
+                head_maps=settings.drawn > 0,
             )
         return _per_image(result), result.layers, result.scope
 
@@ -112,10 +113,15 @@ def explain_together(
                 raise ProbeError("out of memory with one image at a time") from None
             size, exhausted = -(-size // 2), True
         else:
-            whole = _together([part for part, _, _ in parts], len(probe), parts[0][1], size, exhausted)
-            return replace(whole, scope=parts[0][2])
+            found = _together([part for part, _, _ in parts], len(probe), parts[0][1], size, exhausted)
+            return replace(found, head_maps=_drawn(found.head_maps, settings.drawn), scope=parts[0][2])
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+
+
+def _drawn(head_maps: np.ndarray | None, count: int) -> np.ndarray | None:
+    # Relevance per token of a sequence is no picture.
+    return head_maps[:count] if head_maps is not None and head_maps.ndim == 5 else None
 
 
 def _targets(probe: ProbeBatch, target: Target, rows: list[int]) -> Goal:

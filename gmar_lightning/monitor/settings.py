@@ -27,7 +27,9 @@ class ProbeSettings:
         module: Dotted path of the classifier inside the model.
         micro_batch_size: Images per forward; None takes all at once.
         confirm: Whether newly flagged heads are confirmed by ablation.
-        faithfulness_every: Measure how faithful the maps are at each multiple of this; None never does.
+        faithfulness_every: When the maps themselves are tested: "ends" (first and last probe), at each multiple of
+            this, or None for never.
+        drawn: Of how many images, the first ones, the record keeps maps of single heads.
         precision: Makes the context that the training forward runs under.
     """
 
@@ -38,5 +40,6 @@ class ProbeSettings:
     module: str | None = None
     micro_batch_size: int | None = None
     confirm: bool = True
-    faithfulness_every: int | None = None
+    faithfulness_every: int | Literal["ends"] | None = None
+    drawn: int = 0
     precision: Precision = nullcontext
