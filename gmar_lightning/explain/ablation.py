@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmar_lightning.explain.inputs import classifier_of, forward, logits_of, model_inputs
+from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.inputs import batch_size, classifier_of, forward, logits_of, model_inputs
 from gmar_lightning.explain.intercept import CallArguments, intercept_attention
 from gmar_lightning.explain.isolation import undisturbed
 
@@ -108,16 +109,19 @@ def head_outputs(
 
     Raises:
         ValueError: When a layer or head does not exist.
+        UnsupportedModelError: When the layer attends within windows that share the batch axis.
     """
     classifier = classifier_of(model, module)
     kept: dict[Head, Tensor] = {}
+    inputs = model_inputs(classifier, images)
 
     def keep(output: Tensor, layer: int, of_layer: Sequence[int]) -> Tensor:
+        _check_image_rows(output, batch_size(inputs), layer)
         kept.update({(layer, head): output[:, head].clone() for head in of_layer})
         return output
 
     with undisturbed(classifier), torch.no_grad():
-        _forward_changing(classifier, model_inputs(classifier, images), heads, keep)
+        _forward_changing(classifier, inputs, heads, keep)
     return kept
 
 
@@ -148,12 +152,13 @@ def gate_effects(
 
     Raises:
         ValueError: When a layer or head does not exist.
+        UnsupportedModelError: When the layer attends within windows that share the batch axis.
     """
     classifier = classifier_of(model, module)
     total = torch.zeros(len(targets), len(heads))
     for step in range(steps):
         gates: dict[Head, Tensor] = {}
-        change = _through_gates(gates, (step + 0.5) / steps)
+        change = _through_gates(gates, (step + 0.5) / steps, len(targets))
         with undisturbed(classifier), torch.enable_grad():
             logits = _forward_changing(classifier, model_inputs(classifier, images), heads, change)
             score = logits.gather(1, targets.to(logits.device)[:, None]).sum()
@@ -162,16 +167,28 @@ def gate_effects(
     return total
 
 
-def _through_gates(gates: dict[Head, Tensor], level: float) -> Callable[[Tensor, int, Sequence[int]], Tensor]:
+def _through_gates(
+    gates: dict[Head, Tensor], level: float, batch: int
+) -> Callable[[Tensor, int, Sequence[int]], Tensor]:
     """Multiply the output of heads by gates of one level, one for each image, which are kept in `gates`."""
 
     def gated(output: Tensor, layer: int, of_layer: Sequence[int]) -> Tensor:
+        _check_image_rows(output, batch, layer)
         factors = list(output.new_ones(len(output), output.shape[1]).unbind(1))
         for head in of_layer:
             gates[layer, head] = factors[head] = output.new_full((len(output),), level).requires_grad_()
         return output * torch.stack(factors, 1)[:, :, None, None]
 
     return gated
+
+
+def _check_image_rows(output: Tensor, batch: int, layer: int) -> None:
+    # Windows are often merged into the batch axis, image first or window first: not to be guessed.
+    if len(output) != batch:
+        raise UnsupportedModelError(
+            f"layer {layer} attends within {len(output)} windows of {batch} images: which belong to which image is "
+            "not known here, so a head has no mean over images."
+        )
 
 
 def _logits_without(
@@ -205,6 +222,11 @@ def _forward_changing(
         seen.append(call.q.shape[1])
         output = call.compute()
         of_layer = changed.get(layer, ())
+        if of_layer and output.ndim != 4:
+            raise UnsupportedModelError(
+                f"{call.name} ({call.owner}) keeps its heads merged with other axes, {tuple(output.shape)}: which "
+                "part of the output a head is, is not known here."
+            )
         for head in of_layer:
             if not 0 <= head < output.shape[1]:
                 raise ValueError(f"layer {layer} ({call.name}) has {output.shape[1]} heads, not head {head}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import replace
 from typing import Literal
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gmar_lightning.explain.ablation import Head, ablate_heads, gate_effects, head_outputs
+from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.monitor.events import HeadEvent
 from gmar_lightning.monitor.explanation import Explanation
 from gmar_lightning.monitor.probe import ProbeBatch
@@ -55,8 +56,8 @@ def confirm_by_ablation(
         for event in events
         if event.kind == "collapsed" and event.layer is not None and event.head is not None
     ]
-    if not collapsed:
-        return list(events)
+    if not collapsed or explanation.logits is None or explanation.targets is None:
+        return list(events)  # the effect is measured on the logit of a class
     heads = np.isfinite(explanation.importance.mean(0)).sum(-1)
     control = _control(collapsed, set(flagged), heads)
     rows = rows_of_process(len(probe))
@@ -66,13 +67,16 @@ def confirm_by_ablation(
     chosen = {"flagged": collapsed, "control": control}
 
     def outputs() -> dict[str, np.ndarray]:
-        with settings.precision():
-            found = head_outputs(model, images, heads=collapsed + control, module=settings.module)
+        try:
+            with settings.precision():
+                found = head_outputs(model, images, heads=collapsed + control, module=settings.module)
+        except UnsupportedModelError:
+            return {}  # heads of windows have no mean over images: they are zeroed only
         return {_key(at): output.float().cpu().numpy() for at, output in found.items()}
 
     # The mean is over all probe images, whichever process has them.
     together = joined(on_every_process(outputs), len(probe))
-    means = {at: torch.from_numpy(together[_key(at)].mean(0)) for at in collapsed + control}
+    means = {at: torch.from_numpy(together[_key(at)].mean(0)) for at in collapsed + control if together}
 
     def effects() -> dict[str, np.ndarray]:
         with settings.precision():
@@ -83,7 +87,10 @@ def confirm_by_ablation(
                 for name, heads in chosen.items()
                 for method in _METHODS
             }
-            return {**found, "gates": _gates(model, images, targets, collapsed, settings)}
+            gates = (
+                _gates(model, images, targets, collapsed, settings) if means else _unknown(images, collapsed)
+            )
+            return {**found, "gates": gates}
 
     per_image = joined(on_every_process(effects), len(probe))
     over_images = {name: values.mean(0) for name, values in per_image.items()}
@@ -109,42 +116,50 @@ def with_effect(event: HeadEvent, effects: Mapping[str, np.ndarray], gate: float
     zero, mean = effects["zero flagged"], effects["mean flagged"]
     beside, beside_mean = effects["zero control"], effects["mean control"]
     controlled = bool(np.isfinite(beside).all())
-    said = (
-        f" Zeroing the flagged heads changes the logit by {zero[0]:+.3g} and the loss by {zero[1]:+.3g} (mean of "
-        f"{images} images; {gate:+.3g} of the logit is this head's), their mean output in their place by "
-        f"{mean[0]:+.3g} and {mean[1]:+.3g}"
-    )
-    if controlled:
+    averaged = bool(np.isfinite(mean).all())
+    said = f" Zeroing the flagged heads changes the logit by {zero[0]:+.3g} and the loss by {zero[1]:+.3g} (mean of "
+    said += f"{images} images"
+    if averaged:
         said += (
-            f"; as many other heads of the layer: {beside[0]:+.3g} and {beside[1]:+.3g}, by their mean "
-            f"{beside_mean[0]:+.3g} and {beside_mean[1]:+.3g}"
+            f"; {gate:+.3g} of the logit is this head's), their mean output in their place by {mean[0]:+.3g} "
         )
+        said += f"and {mean[1]:+.3g}"
+    else:
+        said += ")"
+    if controlled:
+        said += f"; as many other heads of the layer: {beside[0]:+.3g} and {beside[1]:+.3g}"
+        said += f", by their mean {beside_mean[0]:+.3g} and {beside_mean[1]:+.3g}" if averaged else ""
     return replace(
         event,
         message=f"{event.message}{said}. {_verdict(zero, mean, beside, beside_mean)}",
         ablation_logit=float(zero[0]),
         ablation_loss=float(zero[1]),
-        mean_ablation_logit=float(mean[0]),
-        mean_ablation_loss=float(mean[1]),
+        mean_ablation_logit=float(mean[0]) if averaged else None,
+        mean_ablation_loss=float(mean[1]) if averaged else None,
         control_logit=float(beside[0]) if controlled else None,
         control_loss=float(beside[1]) if controlled else None,
-        gate_logit=gate,
+        gate_logit=gate if averaged else None,
         ablation_images=images,
     )
 
 
 def _verdict(zero: np.ndarray, mean: np.ndarray, beside: np.ndarray, beside_mean: np.ndarray) -> str:
     """Does it matter, in a sentence."""
-    yardstick = np.abs([beside[0], beside_mean[0]])
-    if not (yardstick > 0).all():
+    ways = [(abs(zero[0]), abs(beside[0])), (abs(mean[0]), abs(beside_mean[0]))]
+    ratios = [effect / yardstick for effect, yardstick in ways if yardstick > 0 and np.isfinite(effect)]
+    if not ratios:
         return "There is no healthy head in the layer to compare with."
     # The larger of the two: neither way of taking a head away may show that it still works.
-    ratio = float((np.abs([zero[0], mean[0]]) / yardstick).max())
+    ratio = max(ratios)
     if ratio < _IDLE:
         return "It is idle: nothing is lost as it stands, and it is free to prune."
     if ratio < _BUSY:
         return "It does less than its neighbours, but is not idle."
     return "The answer still depends on it: look for the cause before you go on."
+
+
+def _unknown(images: torch.Tensor, columns: Sized) -> np.ndarray:
+    return np.full((len(images), len(columns)), np.nan)
 
 
 def _key(at: Head) -> str:
@@ -184,8 +199,8 @@ def _effect(
     method: Literal["zero", "mean"],
     module: str | None,
 ) -> np.ndarray:
-    if not heads:
-        return np.full((len(images), 2), np.nan)
+    if not heads or (method == "mean" and not means):
+        return _unknown(images, range(2))
     result = ablate_heads(
         model, images, targets, heads=heads, module=module, logits=logits, method=method, means=means
     )
