@@ -38,6 +38,8 @@ def check_choice(name: str, value: Any, allowed: Sequence[str], other: str = "")
 
 def check_target(target: Any, probe: ProbeBatch | None) -> None:
     """Refuse a target that is neither a choice nor a class index, and labels that are not there."""
+    if callable(target):
+        return
     if isinstance(target, bool) or not (isinstance(target, int) and target >= 0):
         check_choice("target", target, ("predicted", "label"), "or a class index")
     if target == "label" and probe is not None and probe.labels is None:

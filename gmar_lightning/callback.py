@@ -36,7 +36,7 @@ from gmar_lightning.monitor.processes import of_first_process
 from gmar_lightning.monitor.record import ProbeRecord
 from gmar_lightning.monitor.say import SayOnce
 from gmar_lightning.monitor.schedule import Every
-from gmar_lightning.monitor.settings import ProbeSettings
+from gmar_lightning.monitor.settings import ProbeSettings, Target
 from gmar_lightning.show.console import alarm_text
 from gmar_lightning.show.dashboard import as_metrics
 from gmar_lightning.show.publisher import Display, Publisher
@@ -78,7 +78,8 @@ class GMARCallback(Callback):
         num_heatmaps: How many of them are drawn.
         probe_batch: Your own `(images, labels)`, or a mapping with `images` and optionally `labels`.
         module: Dotted path of the classifier inside the LightningModule; None calls its forward.
-        target: The explained class: "predicted", "label", or a class index.
+        target: The explained class, "predicted", "label", or a class index; or a callable `(output) -> (batch,)` on
+            what the model returns (`gmar_lightning.targets`).
         norm: "l1", "l2" or "uniform", see `gmar`.
         rollout: "gradient", "paper", "flow", "rollout" or "last_layer", see `gmar`.
         residual: Weight of the residual path, 1 when None.
@@ -112,7 +113,7 @@ class GMARCallback(Callback):
         num_heatmaps: int = 8,
         probe_batch: Any = None,
         module: str | None = None,
-        target: Literal["predicted", "label"] | int = "predicted",
+        target: Target = "predicted",
         norm: Norm = "l1",
         rollout: Rollout = "gradient",
         residual: float | None = None,
@@ -146,7 +147,7 @@ class GMARCallback(Callback):
         check_target(target, self._given)
         self.num_images, self.num_heatmaps, self.max_events = num_images, num_heatmaps, max_events
         self.module, self.micro_batch_size = module, micro_batch_size
-        self.target: Literal["predicted", "label"] | int = target
+        self.target: Target = target
         self.norm: Norm = norm
         self.rollout: Rollout = rollout
         self.residual = residual
@@ -200,7 +201,7 @@ class GMARCallback(Callback):
             interval=self._schedule.interval,
             num_images=self.num_images,
             module=self.module,
-            target=self.target,
+            target=str(self.target) if callable(self.target) else self.target,
             norm=self.norm,
             rollout=self.rollout,
             save_dir=None if self.save_dir is None else str(self.save_dir),
@@ -242,7 +243,7 @@ class GMARCallback(Callback):
             pl_module,
             self._given,
             num_images=self.num_images,
-            target=self.target,
+            target="predicted" if callable(self.target) else self.target,
             say=self._say,
         )
         self._open_record(trainer, pl_module, probe, resumed=restored is not None)
@@ -374,6 +375,7 @@ class GMARCallback(Callback):
         return {
             "every": f"{self._schedule.interval} {self._schedule.unit}s",
             **{name: getattr(self, name) for name in names},
+            "target": str(self.target) if callable(self.target) else self.target,
             "residual": 1.0 if self.residual is None else self.residual,
         }
 

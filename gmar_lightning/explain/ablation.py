@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.inputs import classifier_of, forward, logits_of, model_inputs
 from gmar_lightning.explain.intercept import CallArguments, intercept_attention
 from gmar_lightning.explain.isolation import undisturbed
@@ -89,6 +90,11 @@ def _logits_without(
         layer = len(seen)
         seen.append(call.q.shape[1])
         output = call.compute()
+        if layer in removed and output.ndim != 4:
+            raise UnsupportedModelError(
+                f"{call.name} ({call.owner}) keeps its heads merged with other axes, {tuple(output.shape)}: which "
+                "part of the output a head is, is not known here."
+            )
         for head in removed.get(layer, ()):
             if not 0 <= head < output.shape[1]:
                 raise ValueError(f"layer {layer} ({call.name}) has {output.shape[1]} heads, not head {head}")

@@ -51,6 +51,7 @@ class AttentionCall:
         values: The values, attached to the graph.
         entering: What the module that made the call was given.
         arrange: Brings a gradient at `edge` to the shape of `output`.
+        heads_first: Whether heads were merged into the batch in front of the images, `(heads * batch, ...)`.
         mixers_before: How many places outside the attention had mixed tokens when the call was made.
     """
 
@@ -73,6 +74,7 @@ class AttentionCall:
     values: Tensor | None = None
     entering: tuple[Tensor, ...] = ()
     arrange: Callable[[Tensor], Tensor] = _as_it_is
+    heads_first: bool = False
     mixers_before: int = 0
 
     @property

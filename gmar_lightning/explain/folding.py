@@ -100,7 +100,8 @@ def _arranged(call: AttentionCall, batch: int) -> AttentionCall:
             "which axis holds the images is not clear."
         )
     if len(lead) == 1:
-        return _reshaped(call, _merged(call, batch))
+        view, heads_first = _merged(call, batch)
+        return replace(_reshaped(call, view), heads_first=heads_first)
     windows = [axis for axis in range(1, len(lead)) if lead[axis] > 1 and not _same_input(call, axis)]
     heads = [axis for axis in range(1, len(lead)) if axis not in windows]
     if len(lead) == 3 and len(heads) == 2:
@@ -121,14 +122,14 @@ def _arranged(call: AttentionCall, batch: int) -> AttentionCall:
     return _reshaped(call, lambda x: x.permute(*order, -2, -1).reshape(-1, count, *x.shape[-2:]))
 
 
-def _merged(call: AttentionCall, batch: int) -> Callable[[Tensor], Tensor]:
-    """How a call with one axis in front, `(images * heads, tokens, dim)`, is taken apart."""
+def _merged(call: AttentionCall, batch: int) -> tuple[Callable[[Tensor], Tensor], bool]:
+    """How a call with one axis in front is taken apart, and whether heads are in front of the images there."""
     rows = call.q.shape[0]
     sizes = [x.shape[axis] for x in call.entering for axis in (0, 1) if x.ndim > axis]
     outer = next((size for size in sizes if size % batch == 0 and rows % size == 0), batch)
     inner = rows // outer
     if inner == 1:
-        return lambda x: x[:, None]
+        return (lambda x: x[:, None]), False
     first = _support(call, (0, 0))
     run = 1
     while run < inner and _equal(first, _support(call, (run, 0))):
@@ -136,8 +137,8 @@ def _merged(call: AttentionCall, batch: int) -> Callable[[Tensor], Tensor]:
     while inner % run:
         run -= 1
     if run == 1 and _equal(first, _support(call, (outer, 0))):
-        return lambda x: x.unflatten(0, (inner, outer)).transpose(0, 1)
-    return lambda x: x.unflatten(0, (-1, run))
+        return (lambda x: x.unflatten(0, (inner, outer)).transpose(0, 1)), True
+    return (lambda x: x.unflatten(0, (-1, run))), False
 
 
 def _reshaped(call: AttentionCall, view: Callable[[Tensor], Tensor]) -> AttentionCall:

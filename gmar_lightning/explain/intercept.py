@@ -80,12 +80,13 @@ class CallArguments:
 
 
 def with_four_axes(
-    given: CallArguments, batch: int | None
+    given: CallArguments, batch: int | None, heads_first: bool = False
 ) -> tuple[CallArguments, Callable[[Tensor], Tensor]]:
     """The call as `(batch, heads, tokens, dim)`, and what gives its output the shape that was asked for.
 
-    `(batch, tokens, dim)` is one head, `(batch * heads, tokens, dim)` merged heads, `(batch, groups, heads,
-    tokens, dim)` grouped ones. That merged heads belong to their image is settled where images are told apart.
+    `(batch, tokens, dim)` is one head, `(batch * heads, tokens, dim)` merged heads, `(heads * batch, tokens, dim)`
+    the same with `heads_first`, `(batch, groups, heads, tokens, dim)` grouped ones. That merged heads belong to their
+    image is settled where images are told apart.
     """
     shape, axes = given.q.shape, given.q.ndim
     if (
@@ -96,31 +97,35 @@ def with_four_axes(
     ):
         return given, lambda output: output
 
-    def reshaped(part: Tensor, last: int) -> Tensor:
-        part = part.expand(*shape[:-2], *part.shape[-2:])
-        return part.reshape(batch, -1, part.shape[-2], last)
+    def apart(part: Tensor) -> Tensor:
+        if heads_first:
+            return part.unflatten(0, (-1, batch)).transpose(0, 1)
+        return part.reshape(batch, -1, *part.shape[-2:])
+
+    def together(output: Tensor) -> Tensor:
+        output = output.transpose(0, 1) if heads_first else output
+        return output.reshape(*shape[:-1], output.shape[-1])
+
+    def reshaped(part: Tensor) -> Tensor:
+        return apart(part.expand(*shape[:-2], *part.shape[-2:]))
 
     mask = given.mask
     if mask is not None and mask.ndim > 2:
-        mask = reshaped(mask, mask.shape[-1])
-    q, k, v = (reshaped(part, part.shape[-1]) for part in (given.q, given.k, given.v))
+        mask = reshaped(mask)
+    q, k, v = (reshaped(part) for part in (given.q, given.k, given.v))
     if given.q is given.k and given.k is given.v:
         k = v = q
     written = given.written
     if written is not None:
-        written = replace(written, compute=_reshaping(written.compute, (batch, -1)))
+        written = replace(written, compute=_after(written.compute, apart))
     return (
         replace(given, q=q, k=k, v=v, mask=mask, written=written),
-        lambda output: output.reshape(*shape[:-1], output.shape[-1]),
+        together,
     )
 
 
-def _reshaping(compute: Callable[[], Tensor], lead: tuple[int, int]) -> Callable[[], Tensor]:
-    def reshaped() -> Tensor:
-        output = compute()
-        return output.reshape(*lead, *output.shape[-2:])
-
-    return reshaped
+def _after(compute: Callable[[], Tensor], view: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+    return lambda: view(compute())
 
 
 def softmax_map(

@@ -255,7 +255,8 @@ class _Trial:
 
         def numbered(given: CallArguments) -> Tensor:
             place = self.order.get(next(count))
-            given, restored = with_four_axes(given, self.batch)
+            heads_first = place is not None and self.calls[place].heads_first
+            given, restored = with_four_axes(given, self.batch, heads_first)
             trace.saw_call()
             if place is None:
                 # Attention that the explained images do not reach goes on as it is.

@@ -20,7 +20,6 @@ _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "cdist"})
 # What may stand between a product and its softmax, or between a softmax and the values, without ending either.
 _MIXING = frozenset({"linear", "conv1d", "conv2d", "batch_norm", "layer_norm", "instance_norm", "group_norm"})
 _PARTS = frozenset({"getitem", "narrow", "split", "chunk", "unbind", "index_select", "cat", "pad", "slice"})
-_VIEWS = frozenset({"shape", "size", "stride", "data_ptr", "get"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +136,7 @@ class HandWritten:
             if carrier is None:
                 continue
             for item in results:
-                if isinstance(item, Tensor) and item.ndim >= 2 and name not in _VIEWS:
+                if isinstance(item, Tensor) and item.ndim >= 2:
                     same = item.numel() == carrier.numel() or name in _MIXING or name in _PARTS
                     if same or name in _PRODUCTS:
                         marks.put(item, marks.get(carrier))

@@ -49,8 +49,8 @@ def confirm_by_ablation(
         for event in events
         if event.kind == "collapsed" and event.layer is not None and event.head is not None
     ]
-    if not collapsed:
-        return list(events)
+    if not collapsed or explanation.logits is None or explanation.targets is None:
+        return list(events)  # the effect is measured on the logit of a class
     heads = np.isfinite(explanation.importance.mean(0)).sum(-1)
     control = _control(collapsed, set(flagged), heads)
     rows = rows_of_process(len(probe))

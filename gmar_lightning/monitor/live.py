@@ -58,6 +58,9 @@ def measure_faithfulness(
     """
     count = min(_IMAGES, len(probe))
     rows = rows_of_process(count)
+    assert explanation.targets is not None, "the caller asks for the faithfulness of classes only"
+    assert explanation.logits is not None
+    logits = torch.from_numpy(explanation.logits[rows])
     maps = torch.from_numpy(next(iter(explanation.maps.values())))
     plain = torch.from_numpy(explanation.maps["rollout"])
     noise = random_maps((count, *maps.shape[1:]))
@@ -76,7 +79,6 @@ def measure_faithfulness(
         return {name: value.cpu().numpy() for name, value in values.items()}
 
     def checked() -> dict[str, np.ndarray]:
-        logits = torch.from_numpy(explanation.logits[rows])
         tests: dict[str, Callable[[], Tensor]] = {
             "class_sensitivity": lambda: class_sensitivity(
                 model, probe.images[rows], maps[rows], targets, logits, _explain(settings)

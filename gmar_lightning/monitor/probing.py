@@ -151,16 +151,15 @@ class Prober:
         explanation = self._explained(model, self.probe, record.step)
         signals = explanation.signals()
         events = self._judged(model, self.probe, record.step, explanation, signals)
-        probabilities = torch.from_numpy(explanation.logits).softmax(-1).numpy()
+        if explanation.scope != "whole":
+            self._say(f"GMARCallback: heatmaps: {explanation.scope}. Numbers per head are exact.", "scope")
         return replace(
             record,
+            **_classes(explanation),
             signals=signals,
             maps=explanation.maps,
             head_maps=explanation.head_maps,
             layers=explanation.layers,
-            targets=tuple(explanation.targets.tolist()),
-            predictions=tuple(explanation.logits.argmax(-1).tolist()),
-            probabilities=tuple(probabilities.max(-1).tolist()),
             scores=tuple(explanation.scores.tolist()),
             events=tuple(events),
             flagged=tuple(self.detector.flagged) if self.detector is not None else (),
@@ -219,7 +218,7 @@ class Prober:
         nothing = dict.fromkeys((*FAITHFULNESS, *SANITY), math.nan)
         due = self.taken == 1 or last if every == "ends" else (self.taken - 1) % every == 0
         pictures = all(maps.ndim == 3 for maps in explanation.maps.values()) and bool(explanation.maps)
-        if not due or not pictures:
+        if not due or not pictures or explanation.targets is None:
             return nothing
         try:
             return measure_faithfulness(model, probe, explanation, self.settings, self._say)
@@ -239,3 +238,15 @@ class Prober:
             self._say(
                 f"GMARCallback: {MOST_FAILURES} probes in a row failed; no more probes in this run", "spent"
             )
+
+
+def _classes(explanation: Explanation) -> dict[str, tuple[Any, ...]]:
+    """What a record says of classes; nothing when the explained number is no class logit."""
+    if explanation.logits is None or explanation.targets is None:
+        return {}
+    probabilities = torch.from_numpy(explanation.logits).softmax(-1).numpy()
+    return {
+        "targets": tuple(explanation.targets.tolist()),
+        "predictions": tuple(explanation.logits.argmax(-1).tolist()),
+        "probabilities": tuple(probabilities.max(-1).tolist()),
+    }

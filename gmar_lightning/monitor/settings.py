@@ -10,6 +10,8 @@ from typing import Any, Literal
 from gmar_lightning.explain.importance import Norm
 from gmar_lightning.explain.rollout import Rollout
 
+# "predicted", "label", a class index, or a callable `(output) -> (batch,)`, see `gmar_lightning.targets`.
+Target = Literal["predicted", "label"] | int | Callable[[Any], Any]
 Precision = Callable[[], AbstractContextManager[Any]]
 
 
@@ -18,7 +20,7 @@ class ProbeSettings:
     """What is asked of the model at a probe, the same for the whole run.
 
     Attributes:
-        target: The explained class: "predicted", "label", or a class index.
+        target: The explained class, "predicted", "label", or a class index; or a callable on the model's output.
         norm: As for `gmar`.
         rollout: The primary form of the maps; the record keeps the others too.
         residual: As for `gmar`.
@@ -31,7 +33,7 @@ class ProbeSettings:
         precision: Makes the context that the training forward runs under.
     """
 
-    target: Literal["predicted", "label"] | int = "predicted"
+    target: Target = "predicted"
     norm: Norm = "l1"
     rollout: Rollout = "gradient"
     residual: float | None = None

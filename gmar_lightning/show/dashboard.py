@@ -76,6 +76,10 @@ def as_metrics(record: ProbeRecord) -> dict[str, torch.Tensor]:
 
 def captions(record: ProbeRecord, labels: Sequence[int] | None, names: Sequence[str] | None) -> list[str]:
     """`#3 cat → dog p=0.81 · step 1200` for each probe image."""
+    if not record.predictions:
+        return [
+            f"#{index} score={score:.3g} · step {record.step}" for index, score in enumerate(record.scores)
+        ]
     lines = []
     for index, (prediction, p) in enumerate(zip(record.predictions, record.probabilities, strict=True)):
         truth = f"{_named(labels[index], names)} → " if labels is not None else ""
@@ -97,13 +101,13 @@ def image_rows(
         {
             "image": index,
             "label": None if labels is None else _named(labels[index], names),
-            "prediction": _named(prediction, names),
-            "probability": record.probabilities[index],
-            "score": record.scores[index],
+            "prediction": _named(record.predictions[index], names) if record.predictions else None,
+            "probability": record.probabilities[index] if record.predictions else None,
+            "score": score,
             "drift": _unlikeness(record, "rank_correlation_previous", index),
             "drift_from_first": _unlikeness(record, "rank_correlation_first", index),
         }
-        for index, prediction in enumerate(record.predictions)
+        for index, score in enumerate(record.scores)
     ]
 
 
