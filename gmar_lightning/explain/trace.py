@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
+from gmar_lightning.explain.softmax import HandWritten
+
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 _CONVOLUTIONS = frozenset(
     f"conv{transposed}{dims}d" for transposed in ("", "_transpose") for dims in (1, 2, 3)
@@ -33,6 +35,7 @@ class _Frame:
     module: nn.Module
     invocation: int
     called: bool = False
+    entering: tuple[Tensor, ...] = ()
 
     @property
     def attention_like(self) -> bool:
@@ -122,7 +125,8 @@ class ModuleTrace:
     Attributes:
         grids: Height and width of 2-D convolution outputs before any attention, the latest first.
         mixers: What mixed tokens outside the attention, after the first attention.
-        softmaxes: Modules that compute attention-like softmaxes by hand.
+        softmaxes: Modules that compute attention-like softmaxes by hand, without values they are multiplied with.
+        hand: Follows scores and maps of attention written by hand.
         silent: Modules named as attention that ran without a call that was intercepted.
         handed_out: Graph nodes of attention weights that modules returned beside their output.
         tokens: The token tensors on the way.
@@ -135,6 +139,7 @@ class ModuleTrace:
         self.softmaxes: list[str] = []
         self.silent: list[str] = []
         self.handed_out: set[Any] = set()
+        self.hand = HandWritten(self.running)
         self.tokens = TokenTrail()
         self.pooled: Tensor | None = None
         self._names: dict[nn.Module, str] = {}
@@ -164,6 +169,17 @@ class ModuleTrace:
                 return self._names[frame.module], type(frame.module).__name__, frame.invocation
         return "", "the model", -1
 
+    def running(self) -> list[tuple[int, bool]]:
+        """Invocation number of each running module, outermost first, and whether it has parameters."""
+        return [(f.invocation, next(f.module.parameters(), None) is not None) for f in self._stack]
+
+    def entering(self) -> tuple[Tensor, ...]:
+        """What the innermost running module with parameters was given, as far as it is in a graph."""
+        for frame in reversed(self._stack):
+            if frame.entering and next(frame.module.parameters(), None) is not None:
+                return frame.entering
+        return ()
+
     def saw_call(self) -> None:
         """An attention call was computed inside the running modules, whatever it attended over."""
         for frame in self._stack:
@@ -176,10 +192,13 @@ class ModuleTrace:
 
     def saw_function(self, func: Any, operands: tuple[Any, ...], result: Any, is_softmax: bool) -> None:
         """A torch function of `operands` returned `result`."""
-        if not isinstance(result, Tensor) or self._foreign():
+        if self._foreign():
+            return
+        of_scores = self.hand.saw(func, operands, result, is_softmax, self._where() if is_softmax else "")
+        if not isinstance(result, Tensor):
             return
         self.tokens.note(result)
-        if is_softmax and _looks_like_attention(result):
+        if of_scores or (is_softmax and _looks_like_attention(result)):
             self.softmaxes.append(self._where())
         name = getattr(func, "__name__", "").lstrip("_")
         self.tokens.note_product(name, operands, result)
@@ -198,7 +217,8 @@ class ModuleTrace:
     def _enter(self, module: nn.Module, args: Any) -> None:
         if self._foreign():
             return
-        self._stack.append(_Frame(module, next(self._count)))
+        entering = tuple(x for x in args if isinstance(x, Tensor) and x.ndim >= 3 and x.grad_fn is not None)
+        self._stack.append(_Frame(module, next(self._count), entering=entering))
         if isinstance(module, nn.Linear) and args and isinstance(args[0], Tensor) and args[0].ndim == 2:
             self.pooled = args[0]
 
