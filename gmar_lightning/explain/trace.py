@@ -23,6 +23,10 @@ _POOLS = frozenset(
     f"{kind}_pool{dims}d" for kind in ("avg", "max", "adaptive_avg", "adaptive_max") for dims in (1, 2)
 )
 _FFTS = frozenset(name for name in dir(torch.fft) if "fft" in name and not name.startswith("_"))
+_PRODUCTS = frozenset(
+    {"mul", "rmul", "imul", "multiply", "div", "truediv", "itruediv", "true_divide", "divide"}
+)
+_POWERS = frozenset({"pow", "rpow", "ipow", "square", "float_power", "exp", "expm1", "exp2"})
 _OPAQUE = frozenset({"flex_attention", "varlen_attn"})
 
 
@@ -46,6 +50,7 @@ class TokenTrail:
         entering: Tensors with one vector per token on the way to the first attention, in order.
         leaving: Token tensors after the last attention, in order.
         before_pool: The same before an attention call that gathered the tokens into one, if the last one did.
+        products: Token tensors after the last attention that are products, with their factors, or powers, without.
         read_place: How many-eth tensor after the last attention the readout was taken from.
         wanted: Number of the tensor to keep in a pass without gradients.
         kept: That tensor.
@@ -55,6 +60,7 @@ class TokenTrail:
         self.entering: list[Tensor] = []
         self.leaving: list[Tensor] = []
         self.before_pool: list[Tensor] = []
+        self.products: list[tuple[Tensor, tuple[Tensor, ...]]] = []
         self.read_place: int | None = None
         self.wanted: int | None = None
         self.kept: Tensor | None = None
@@ -77,6 +83,17 @@ class TokenTrail:
                 self.leaving.append(tensor)
             self._count += 1
 
+    def note_product(self, name: str, operands: tuple[Any, ...], result: Tensor) -> None:
+        """A function called `name` returned `result`."""
+        name = name.strip("_")
+        if self._sizes is None or not result.requires_grad or as_tokens(result, *self._sizes) is None:
+            return
+        factors = tuple(operand.detach() for operand in operands if isinstance(operand, Tensor))
+        if name in _PRODUCTS and len(factors) == 2:
+            self.products.append((result, factors))
+        elif name in _POWERS:
+            self.products.append((result, ()))
+
     def place(self, tensor: Tensor) -> int | None:
         """Number of one of the tensors `leaving`, counted over those without gradients as well."""
         return self._places.get(id(tensor))
@@ -87,7 +104,7 @@ class TokenTrail:
             self.entering = [t for t in self.entering if as_tokens(t, batch, keys) is not None]
         self._sizes = batch, queries
         self.before_pool = self.leaving if queries == 1 < keys else []
-        self.leaving, self.kept, self._count = [], None, 0
+        self.leaving, self.products, self.kept, self._count = [], [], None, 0
 
 
 def as_tokens(tensor: Tensor, batch: int, tokens: int) -> Tensor | None:
@@ -184,6 +201,7 @@ class ModuleTrace:
         if of_scores or (is_softmax and _looks_like_attention(result)):
             self.softmaxes.append(self._where())
         name = getattr(func, "__name__", "").lstrip("_")
+        self.tokens.note_product(name, operands, result)
         if name in _OPAQUE:
             self.silent.append(f"{self._where()} calling {name}")
         elif self._token_count is None:
