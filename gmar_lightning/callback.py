@@ -22,7 +22,7 @@ from gmar_lightning.arguments import (
     check_target,
     given_probe,
 )
-from gmar_lightning.chosen import chosen_probe
+from gmar_lightning.chosen import Choice, chosen_probe
 from gmar_lightning.explain.gmar import check_form
 from gmar_lightning.explain.importance import Norm
 from gmar_lightning.explain.inputs import classifier_of
@@ -143,7 +143,7 @@ class GMARCallback(Callback):
             self._schedule = Every(steps=every_n_train_steps, epochs=every_n_epochs)
             check_form(norm, rollout, residual, micro_batch_size)
             self._given = given_probe(probe_batch)
-            self._choice = None if probe_images is None else checked_choice(probe_images)
+            self._choice: Choice | None = None if probe_images is None else checked_choice(probe_images)
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
         if self._given is not None and self._choice is not None:
