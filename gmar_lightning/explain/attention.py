@@ -17,6 +17,7 @@ from gmar_lightning.explain.intercept import (
     intercept_attention,
     one_per_head,
     softmax_map,
+    with_four_axes,
 )
 from gmar_lightning.explain.trace import ModuleTrace
 
@@ -40,6 +41,7 @@ class AttentionCall:
         twin: Whether another call beside this one was made in the same invocation of a module, or on the
             same values.
         detached: Whether this call continues another chain than the calls before it.
+        index: Number of the call in its pass, those that the images do not reach counted as well.
         edge: Where the output entered the graph; None when it was computed without one.
     """
 
@@ -56,6 +58,7 @@ class AttentionCall:
     shared_qkv: bool = False
     twin: bool = False
     detached: bool = False
+    index: int = 0
     edge: GradientEdge | None = None
 
     @property
@@ -74,10 +77,30 @@ class AttentionCall:
 
 @dataclass
 class Recording:
-    """What one forward pass showed: its attention calls and the trace of its modules."""
+    """What one forward pass showed: its attention calls and the trace of its modules.
+
+    Attributes:
+        calls: The calls, in forward order.
+        aside: Calls that the explained images do not reach by gradient, in order: a text tower beside an image
+            tower, a teacher under `no_grad`.
+        trace: What the modules did.
+        batch: Images in the pass, set before it; None leaves the calls in the shape they were made in.
+        image: The node at the head of the images' graph, set before the pass; None takes every call as reached.
+        entered: Queries, keys and values of the first call, attached.
+    """
 
     calls: list[AttentionCall] = field(default_factory=list)
+    aside: list[AttentionCall] = field(default_factory=list)
     trace: ModuleTrace = field(default_factory=ModuleTrace)
+    batch: int | None = None
+    image: Any = None
+    entered: tuple[Tensor, ...] = ()
+
+    def reached(self, tensors: tuple[Tensor, ...]) -> bool:
+        """Whether the images reach any of some tensors by gradient."""
+        if self.image is None or any(_feeds(call, tensors) for call in self.calls[-2:]):
+            return True
+        return reaches([t.grad_fn for t in tensors if t.grad_fn is not None], {self.image})
 
     def forget_unread_pool(self, logits: Tensor) -> None:
         """Drop a final attention pool that ran, but whose result the logits do not use."""
@@ -120,40 +143,50 @@ def recording(model: nn.Module) -> Iterator[Recording]:
     invocations: list[int] = []
 
     def record(given: CallArguments) -> Tensor:
+        given, restored = with_four_axes(given, found.batch)
+        index = len(found.calls) + len(found.aside)
+        if not found.reached((given.q, given.k, given.v)):
+            output = given.compute()
+            found.aside.append(_recorded(given, output, index=index))
+            found.trace.saw_call()
+            return restored(output)
         depth, detached = _place(found.calls, (given.q, given.k, given.v))
-        beside = [index for index, other in enumerate(found.calls) if other.depth == depth and not detached]
+        beside = [place for place, other in enumerate(found.calls) if other.depth == depth and not detached]
         twin = any(
-            invocations[index] == given.invocation or _same_values(found.calls[index].v, given.v)
-            for index in beside
+            invocations[place] == given.invocation or _same_values(found.calls[place].v, given.v)
+            for place in beside
         )
         output = given.compute()
         if torch.is_grad_enabled() and not output.requires_grad:
             output.requires_grad_()
         invocations.append(given.invocation)
-        found.calls.append(
-            AttentionCall(
-                name=given.name,
-                q=given.q.detach(),
-                k=given.k.detach(),
-                v=given.v.detach(),
-                mask=None if given.mask is None else given.mask.detach(),
-                scale=given.scale,
-                output=output,
-                causal=given.causal,
-                depth=depth,
-                owner=given.owner,
-                shared_qkv=given.q is given.k and given.k is given.v,
-                twin=twin,
-                detached=detached,
-                edge=get_gradient_edge(output) if output.requires_grad else None,
-            )
-        )
+        if not found.calls:
+            found.entered = (given.q, given.k, given.v)
+        found.calls.append(_recorded(given, output, index=index, depth=depth, twin=twin, detached=detached))
+        found.trace.saw_call()
         if output.ndim == 4:
             found.trace.saw_attention(len(output), output.shape[-2], given.k.shape[-2])
-        return output
+        return restored(output)
 
     with intercept_attention(model, record, found.trace):
         yield found
+
+
+def _recorded(given: CallArguments, output: Tensor, **place: Any) -> AttentionCall:
+    return AttentionCall(
+        name=given.name,
+        q=given.q.detach(),
+        k=given.k.detach(),
+        v=given.v.detach(),
+        mask=None if given.mask is None else given.mask.detach(),
+        scale=given.scale,
+        output=output,
+        causal=given.causal,
+        owner=given.owner,
+        shared_qkv=given.q is given.k and given.k is given.v,
+        edge=get_gradient_edge(output) if output.requires_grad else None,
+        **place,
+    )
 
 
 def _place(calls: Sequence[AttentionCall], tensors: tuple[Tensor, ...]) -> tuple[int, bool]:

@@ -15,7 +15,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,39 @@ class CallArguments:
         mask = self.mask if mask is None else mask
         extra: dict[str, Any] = {"enable_gqa": True} if self.grouped else {}
         return _FUSED(self.q, self.k, self.v, attn_mask=mask, is_causal=causal, scale=self.scale, **extra)
+
+
+def with_four_axes(
+    given: CallArguments, batch: int | None
+) -> tuple[CallArguments, Callable[[Tensor], Tensor]]:
+    """The call as `(batch, heads, tokens, dim)`, and what gives its output the shape that was asked for.
+
+    `(batch, tokens, dim)` is one head, `(batch * heads, tokens, dim)` merged heads, `(batch, groups, heads,
+    tokens, dim)` grouped ones. That merged heads belong to their image is settled where images are told apart.
+    """
+    shape, axes = given.q.shape, given.q.ndim
+    if (
+        batch is None
+        or axes == 4
+        or axes not in (3, 5)
+        or (shape[0] % batch if axes == 3 else shape[0] != batch)
+    ):
+        return given, lambda output: output
+
+    def reshaped(part: Tensor, last: int) -> Tensor:
+        part = part.expand(*shape[:-2], *part.shape[-2:])
+        return part.reshape(batch, -1, part.shape[-2], last)
+
+    mask = given.mask
+    if mask is not None and mask.ndim > 2:
+        mask = reshaped(mask, mask.shape[-1])
+    q, k, v = (reshaped(part, part.shape[-1]) for part in (given.q, given.k, given.v))
+    if given.q is given.k and given.k is given.v:
+        k = v = q
+    return (
+        replace(given, q=q, k=k, v=v, mask=mask),
+        lambda output: output.reshape(*shape[:-1], output.shape[-1]),
+    )
 
 
 def softmax_map(

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmar_lightning.explain.attention import AttentionCall, recording
-from gmar_lightning.explain.inputs import forward, image_key, logits_of, padding_of
+from gmar_lightning.explain.attention import AttentionCall, Recording, recording
+from gmar_lightning.explain.inputs import batch_size, forward, image_key, logits_of, padding_of
+from gmar_lightning.explain.mixing import check_apart
 from gmar_lightning.explain.readout import check_rows_apart, readout
 from gmar_lightning.explain.refusals import check_plain_attention, check_reached
 from gmar_lightning.explain.sweep import Form, Sweep
@@ -42,8 +43,8 @@ def measure(
 ) -> Measured | None:
     """Forward and backward; None when the batch is as long as the token axis and the two look alike."""
     with recording(classifier) as found:
-        logits, image = _forward(classifier, inputs)
-        batch = len(logits)
+        batch = found.batch = batch_size(inputs)
+        logits, image = _forward(classifier, inputs, found)
         found.forget_unread_pool(logits)
         check_plain_attention(found, batch)
         tokens = found.calls[0].k.shape[-2]
@@ -62,19 +63,21 @@ def measure(
         grads = check_reached(found.calls, torch.autograd.grad(scores.sum(), edges, allow_unused=True))
     if not found.calls[-1].is_pool:
         check_rows_apart(*_last_depth(found.calls, grads), start)
+    check_apart(classifier, inputs, found, start, padding)
     sweep = Sweep(found.calls, start, form, layout, padding)
     for index in reversed(range(len(grads))):
         sweep.take(index, grads.pop())
     return Measured(sweep, layout, padding, logits.detach(), goals, scores.detach())
 
 
-def _forward(classifier: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+def _forward(classifier: nn.Module, inputs: dict[str, Any], found: Recording) -> tuple[Tensor, Tensor | None]:
     """Logits, and the images at the head of their graph."""
     key = image_key(inputs)
     if key is None or not inputs[key].is_floating_point():
         return logits_of(forward(classifier, inputs)), None if key is None else inputs[key]
     # The copy is no leaf, so that a model may normalise its input in place, and never the caller's.
     image = inputs[key].detach().requires_grad_().clone()
+    found.image = image.grad_fn
     return logits_of(forward(classifier, {**inputs, key: image})), image
 
 

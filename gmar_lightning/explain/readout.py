@@ -17,11 +17,14 @@ from gmar_lightning.explain.trace import as_tokens
 
 # A head reads one token, the mean of some, or both (class token beside the mean); never a mixture of many.
 _MOST_READ_GROUPS = 2
+# Gradient at rows that nobody reads, relative to the largest, that is rounding (a Fourier transform and back).
+_STRAY = 1e-6
 
 
 def readout(found: Recording, score: Tensor, image: Tensor | None) -> Tensor:
     """The row of tokens that the classifier reads, `(batch, tokens)`; NaN for an image without finite logits."""
     read = last_tokens(found, score, image)
+    found.trace.tokens.read_place = found.trace.tokens.place(read)
     last = found.calls[-1]
     if last.is_pool:
         return last.q.new_ones(len(last.q), 1)
@@ -158,7 +161,7 @@ def check_rows_apart(calls: Sequence[AttentionCall], grads: Sequence[Tensor], st
     for call, grad in zip(calls, grads, strict=True):
         strength = grad.abs().amax((1, 3)).float()
         stray = (strength * (start == 0)).amax(-1)
-        if (stray > 1e-3 * strength.amax(-1)).any():
+        if (stray > _STRAY * strength.amax(-1)).any():
             raise UnsupportedModelError(
                 f"after {call.name} ({call.owner}) the classifier depends on tokens it does not read: something "
                 "beside attention mixes the tokens (a linear layer over positions, gating, normalisation over "

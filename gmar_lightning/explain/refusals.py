@@ -27,6 +27,8 @@ def check_plain_attention(found: Recording, batch: int) -> None:
             "scaled_dot_product_attention (talking heads, a linear or windowed variant, or a module written "
             "without it), so its heads cannot be scored."
         )
+    if not found.calls and found.aside:
+        raise UnsupportedModelError(under_no_grad(found.aside))
     if not found.calls:
         seen = f" {_listed(trace.silent)} ran without calling it." if trace.silent else ""
         raise UnsupportedModelError(
@@ -65,6 +67,15 @@ def check_reached(calls: Sequence[AttentionCall], grads: Sequence[Tensor | None]
     return [grad for grad in grads if grad is not None]
 
 
+def under_no_grad(calls: Sequence[AttentionCall]) -> str:
+    """Why attention that no gradient reaches cannot be explained."""
+    return (
+        f"{_listed([_named(call) for call in calls])} runs under torch.no_grad() or on detached features inside the "
+        "model's own forward, so no gradient reaches its map. Freeze with requires_grad_(False) instead of "
+        "no_grad(), or name the inner module with module=."
+    )
+
+
 def _check_shape(call: AttentionCall, batch: int) -> None:
     if call.q.ndim != 4 or call.q.shape[0] != batch:
         raise UnsupportedModelError(
@@ -90,10 +101,7 @@ def _check_kind(call: AttentionCall) -> None:
             "over the image, or branches of different length. Name a single classifier with module=."
         )
     if not call.output.requires_grad:
-        raise UnsupportedModelError(
-            f"{_named(call)} runs under torch.no_grad() inside the model's own forward, so no gradient reaches its "
-            "map. Freeze with requires_grad_(False) instead of no_grad(), or name the inner module with module=."
-        )
+        raise UnsupportedModelError(under_no_grad([call]))
 
 
 def _check_sequence(calls: list[AttentionCall]) -> None:

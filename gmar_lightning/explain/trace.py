@@ -40,37 +40,51 @@ class TokenTrail:
     """Tensors with one vector per token: what the first attention read, and what followed the last one.
 
     Attributes:
-        entering: Candidates for the tokens that entered the first attention, latest first.
+        entering: Tensors with one vector per token on the way to the first attention, in order.
         leaving: Token tensors after the last attention, in order.
         before_pool: The same before an attention call that gathered the tokens into one, if the last one did.
+        read_place: How many-eth tensor after the last attention the readout was taken from.
+        wanted: Number of the tensor to keep in a pass without gradients.
+        kept: That tensor.
     """
 
     def __init__(self) -> None:
         self.entering: list[Tensor] = []
         self.leaving: list[Tensor] = []
         self.before_pool: list[Tensor] = []
+        self.read_place: int | None = None
+        self.wanted: int | None = None
+        self.kept: Tensor | None = None
+        self._places: dict[int, int] = {}
+        self._count = 0
         self._sizes: tuple[int, int] | None = None
 
     def note(self, tensor: Tensor) -> None:
         """A function or module returned `tensor`."""
-        if not tensor.requires_grad or tensor.ndim not in (3, 4):
+        if tensor.ndim not in (3, 4):
             return
         if self._sizes is None:
-            if tensor.ndim == 3:
+            if tensor.ndim == 3 and tensor.requires_grad:
                 self.entering.append(tensor)
         elif as_tokens(tensor, *self._sizes) is not None:
-            self.leaving.append(tensor)
+            if self._count == self.wanted:
+                self.kept = tensor.clone()
+            if tensor.requires_grad:
+                self._places[id(tensor)] = self._count
+                self.leaving.append(tensor)
+            self._count += 1
+
+    def place(self, tensor: Tensor) -> int | None:
+        """Number of one of the tensors `leaving`, counted over those without gradients as well."""
+        return self._places.get(id(tensor))
 
     def saw_attention(self, batch: int, queries: int, keys: int) -> None:
         """An attention call from `queries` to `keys` tokens was computed."""
         if self._sizes is None:
-            fitting = [t for t in self.entering if as_tokens(t, batch, keys) is not None]
-            # A projection to queries, keys and values is wider than the tokens it reads.
-            narrowest = min((t.shape[-1] for t in fitting), default=0)
-            self.entering = [t for t in reversed(fitting) if t.shape[-1] == narrowest]
+            self.entering = [t for t in self.entering if as_tokens(t, batch, keys) is not None]
         self._sizes = batch, queries
         self.before_pool = self.leaving if queries == 1 < keys else []
-        self.leaving = []
+        self.leaving, self.kept, self._count = [], None, 0
 
 
 def as_tokens(tensor: Tensor, batch: int, tokens: int) -> Tensor | None:
@@ -133,10 +147,13 @@ class ModuleTrace:
                 return self._names[frame.module], type(frame.module).__name__, frame.invocation
         return "", "the model", -1
 
-    def saw_attention(self, batch: int, queries: int, keys: int) -> None:
-        """An attention call was computed inside the running modules."""
+    def saw_call(self) -> None:
+        """An attention call was computed inside the running modules, whatever it attended over."""
         for frame in self._stack:
             frame.called = True
+
+    def saw_attention(self, batch: int, queries: int, keys: int) -> None:
+        """An attention call that the images reach went from `queries` to `keys` tokens."""
         self.tokens.saw_attention(batch, queries, keys)
         self._token_count = keys
 

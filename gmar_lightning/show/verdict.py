@@ -7,11 +7,13 @@ import numpy as np
 
 from gmar_lightning.monitor.history import History
 from gmar_lightning.monitor.record import ProbeRecord
+from gmar_lightning.show.evidence import fixed_region
 from gmar_lightning.show.metric_names import accuracy_name, loss_name
 
 ALARMS = ("nonfinite", "diverged", "collapse", "layer_vanishing", "nothing_learned")
 FINDINGS = (
     *ALARMS,
+    "shortcut",
     "too_early",
     "dominance",
     "failed_probes",
@@ -36,6 +38,7 @@ _HEADLINES = {
     "collapse": "heads collapsed",
     "layer_vanishing": "layer vanished",
     "nothing_learned": "nothing learned",
+    "shortcut": "shortcut-like evidence",
     "too_early": "too early to say",
 }
 
@@ -84,13 +87,15 @@ def judge(history: History) -> Verdict:
     (the loss ended above twice its lowest value and more than half the way back to where it began, or was
     not finite), `collapse` (heads still collapsed at the end), `layer_vanishing` (a layer still without
     gradient at the end), `nothing_learned` (accuracy gained less than 2 points and the loss fell less than
-    5 %). With fewer than 6 good probes and no alarm, it is `too early to say`. Reported without alarm:
+    5 %). Without an alarm, heat in one spot of every image is named in the headline (`shortcut`, see
+    `evidence.FixedRegion`): a person has to look whether the spot belongs to the object. With fewer than 6 good
+    probes and no alarm, it is `too early to say`. Reported without alarm:
     dominance at the end, failed probes, drift (median rank correlation with the first maps below 0.3),
     heads that recovered, dormant heads, gradients that shrank everywhere.
     """
     rules = (
         _nonfinite, _diverged, _collapse, _vanishing, _nothing_learned,
-        _too_early, _dominance, _failed, _moved, _harmless,
+        _shortcut, _too_early, _dominance, _failed, _moved, _harmless,
     )  # fmt: skip
     if not any(record.importance is not None for record in history.records):
         return Verdict("no probe", (Finding("failed_probes", "No probe succeeded, nothing can be said."),))
@@ -209,6 +214,17 @@ def _nothing_learned(history: History) -> list[Finding]:
             return []
         texts.append(f"{loss} began at {values[0]:.3g} and never fell below {values.min():.3g}")
     return [Finding("nothing_learned", "; ".join(texts) + ".")] if texts else []
+
+
+def _shortcut(history: History) -> list[Finding]:
+    region = fixed_region(history)
+    if region is None or not region.shortcut_like:
+        return []
+    advice = (
+        "Evidence that does not move with the object is a watermark, a border or another shortcut more often than "
+        "an object: cover those patches and see what the accuracy is worth."
+    )
+    return [Finding("shortcut", f"Shortcut-like evidence: {region.text}. {advice}")]
 
 
 def _too_early(history: History) -> list[Finding]:
