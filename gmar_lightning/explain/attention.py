@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,9 +17,12 @@ from gmar_lightning.explain.intercept import (
     intercept_attention,
     one_per_head,
     softmax_map,
-    with_four_axes,
 )
 from gmar_lightning.explain.trace import ModuleTrace
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +46,13 @@ class AttentionCall:
         detached: Whether this call continues another chain than the calls before it.
         index: Number of the call in its pass, those that the images do not reach counted as well.
         edge: Where the output entered the graph; None when it was computed without one.
+        weights: The map itself, detached, for attention written by hand; queries and keys then stand for their
+            sizes alone.
+        values: The values, attached to the graph.
+        entering: What the module that made the call was given.
+        arrange: Brings a gradient at `edge` to the shape of `output`.
+        heads_first: Whether heads were merged into the batch in front of the images, `(heads * batch, ...)`.
+        mixers_before: How many places outside the attention had mixed tokens when the call was made.
     """
 
     name: str
@@ -60,6 +70,12 @@ class AttentionCall:
     detached: bool = False
     index: int = 0
     edge: GradientEdge | None = None
+    weights: Tensor | None = None
+    values: Tensor | None = None
+    entering: tuple[Tensor, ...] = ()
+    arrange: Callable[[Tensor], Tensor] = _as_it_is
+    heads_first: bool = False
+    mixers_before: int = 0
 
     @property
     def is_pool(self) -> bool:
@@ -72,6 +88,9 @@ class AttentionCall:
 
     def attention(self, rows: slice = slice(None)) -> Tensor:
         """The softmaxed attention map of some query rows, `(batch, heads, rows, keys)`."""
+        if self.weights is not None:
+            # A copy: callers work on the map in place.
+            return at_least_float32(self.weights[:, :, rows]).clone()
         return softmax_map(self.q, self.k, self.mask, self.scale, self.causal, rows)
 
 
@@ -95,6 +114,11 @@ class Recording:
     batch: int | None = None
     image: Any = None
     entered: tuple[Tensor, ...] = ()
+
+    @property
+    def folded(self) -> bool:
+        """Whether some call attends within windows, several to an image."""
+        return any(len(call.q) != self.batch for call in self.calls)
 
     def reached(self, tensors: tuple[Tensor, ...]) -> bool:
         """Whether the images reach any of some tensors by gradient."""
@@ -143,14 +167,13 @@ def recording(model: nn.Module) -> Iterator[Recording]:
     invocations: list[int] = []
 
     def record(given: CallArguments) -> Tensor:
-        given, restored = with_four_axes(given, found.batch)
         index = len(found.calls) + len(found.aside)
-        if not found.reached((given.q, given.k, given.v)):
+        if not found.reached(given.reads):
             output = given.compute()
-            found.aside.append(_recorded(given, output, index=index))
+            found.aside.append(_recorded(given, output, found.trace, index=index))
             found.trace.saw_call()
-            return restored(output)
-        depth, detached = _place(found.calls, (given.q, given.k, given.v))
+            return output
+        depth, detached = _place(found.calls, given.reads)
         beside = [place for place, other in enumerate(found.calls) if other.depth == depth and not detached]
         twin = any(
             invocations[place] == given.invocation or _same_values(found.calls[place].v, given.v)
@@ -161,18 +184,23 @@ def recording(model: nn.Module) -> Iterator[Recording]:
             output.requires_grad_()
         invocations.append(given.invocation)
         if not found.calls:
-            found.entered = (given.q, given.k, given.v)
-        found.calls.append(_recorded(given, output, index=index, depth=depth, twin=twin, detached=detached))
+            found.entered = (given.q, given.k, given.v) if given.written is None else (given.v,)
+        found.calls.append(
+            _recorded(given, output, found.trace, index=index, depth=depth, twin=twin, detached=detached)
+        )
         found.trace.saw_call()
         if output.ndim == 4:
             found.trace.saw_attention(len(output), output.shape[-2], given.k.shape[-2])
-        return restored(output)
+        elif found.batch and output.ndim in (3, 5) and len(output) % found.batch == 0:
+            # Merged or grouped heads: the tokens around the call have one row per image.
+            found.trace.saw_attention(found.batch, output.shape[-2], given.k.shape[-2])
+        return output
 
     with intercept_attention(model, record, found.trace):
         yield found
 
 
-def _recorded(given: CallArguments, output: Tensor, **place: Any) -> AttentionCall:
+def _recorded(given: CallArguments, output: Tensor, trace: ModuleTrace, **place: Any) -> AttentionCall:
     return AttentionCall(
         name=given.name,
         q=given.q.detach(),
@@ -185,6 +213,10 @@ def _recorded(given: CallArguments, output: Tensor, **place: Any) -> AttentionCa
         owner=given.owner,
         shared_qkv=given.q is given.k and given.k is given.v,
         edge=get_gradient_edge(output) if output.requires_grad else None,
+        weights=None if given.written is None else given.written.weights.detach(),
+        values=given.v,
+        entering=trace.entering(),
+        mixers_before=len(trace.mixers),
         **place,
     )
 

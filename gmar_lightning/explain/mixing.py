@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from gmar_lightning.explain.attention import AttentionCall, Recording
 from gmar_lightning.explain.errors import UnsupportedModelError
-from gmar_lightning.explain.inputs import batch_size, forward, image_key, logits_of, micro_batches
+from gmar_lightning.explain.inputs import Goal, batch_size, forward, image_key, logits_of, micro_batches
 from gmar_lightning.explain.intercept import CallArguments, intercept_attention, with_four_axes
 from gmar_lightning.explain.isolation import isolated_random_state
+from gmar_lightning.explain.noise import part_changed, with_noise
 from gmar_lightning.explain.refusals import under_no_grad
 from gmar_lightning.explain.structure import attributes_kept, gates_open, structure
 from gmar_lightning.explain.trace import ModuleTrace, as_tokens
@@ -33,8 +34,6 @@ from gmar_lightning.explain.trace import ModuleTrace, as_tokens
 # Tokens are numbered at random; in trial b those change whose number has bit b set. With 6 bits any two of up to 64
 # tokens are told apart for certain, of more with probability 63/64: an exchange of just two tokens is seen, too.
 _BITS = 6
-# Size of the noise in standard deviations of what it replaces: enough to turn a routing or a sorting over.
-_NOISE = 10.0
 # Relative difference below which a row counts as unchanged: float32 rounding of kernels that add in any order.
 _SAME = 1e-6
 # Image-wise changes that reach more than this share of the tokens say nothing (a stem that sees everything).
@@ -57,6 +56,7 @@ def check_apart(
     found: Recording,
     read: Tensor,
     padding: Tensor | None = None,
+    goal: Goal = None,
 ) -> None:
     """Refuse a model in which something beside the recorded attention mixes tokens, or images of a batch.
 
@@ -69,16 +69,19 @@ def check_apart(
         found: What an earlier pass over them showed.
         read: The readout row of that pass, `(batch, tokens)`.
         padding: `(batch, tokens)`, 0 at padding, or None.
+        goal: What is explained; of a callable, the number takes the place of the logits.
 
     Raises:
         UnsupportedModelError: Naming the layers between which tokens are mixed or replaced.
     """
-    inputs, _ = micro_batches(inputs, None, min(2, batch_size(inputs)))[0]
-    key = structure(classifier, inputs)
+    inputs, goal = micro_batches(inputs, goal, min(2, batch_size(inputs)))[0]
+    outcome, key = logits_of, structure(classifier, inputs)
+    if goal is not None and not isinstance(goal, Tensor):
+        outcome, key = (lambda output: goal(output)[:, None]), (key, str(goal))
     known = _CHECKED.setdefault(classifier, set())
     if key in known:
         return
-    trial = _Trial(classifier, inputs, found, padding, read)
+    trial = _Trial(classifier, inputs, found, padding, read, outcome)
     with attributes_kept(classifier), gates_open(classifier):
         trial.run_intact()
         if not trial.logits.isfinite().all():
@@ -113,7 +116,9 @@ class _Trial:
         found: Recording,
         padding: Tensor | None,
         read: Tensor,
+        outcome: Callable[[Any], Tensor] = logits_of,
     ) -> None:
+        self.outcome = outcome
         calls = found.calls
         self.classifier, self.inputs, self.calls, self.aside = classifier, inputs, calls, found.aside
         self.order = {call.index: place for place, call in enumerate(calls)}
@@ -181,7 +186,7 @@ class _Trial:
         """
         changed = chosen.clone()
         images = chosen.any(-1)
-        inputs = _part_changed(self.inputs, number, images)
+        inputs = part_changed(self.inputs, number, images)
         if inputs is not None:
             reached = self._reached_by(inputs)
             if reached.float().mean() * self.batch > _MOST_REACHED * images.sum():
@@ -194,7 +199,7 @@ class _Trial:
             self._check_entering(
                 place, _different_rows(_rows(given, self.tokens), seen.entering), changed, images
             )
-            return seen.output if self.calls[place].is_pool else _with_noise(seen.output, changed)
+            return seen.output if self.calls[place].is_pool else with_noise(seen.output, changed)
 
         logits = self._forward(self.inputs if inputs is None else inputs, handle)
         reads = self.tokens_read
@@ -250,7 +255,8 @@ class _Trial:
 
         def numbered(given: CallArguments) -> Tensor:
             place = self.order.get(next(count))
-            given, restored = with_four_axes(given, self.batch)
+            heads_first = place is not None and self.calls[place].heads_first
+            given, restored = with_four_axes(given, self.batch, heads_first)
             trace.saw_call()
             if place is None:
                 # Attention that the explained images do not reach goes on as it is.
@@ -267,7 +273,7 @@ class _Trial:
         ):
             # Copies, for a model may normalise its input in place.
             fresh = {key: v.clone() if isinstance(v, Tensor) else v for key, v in inputs.items()}
-            logits = logits_of(forward(self.classifier, fresh)).clone()
+            logits = self.outcome(forward(self.classifier, fresh)).clone()
         kept = trace.tokens.kept
         self.tokens_read = None if kept is None else as_tokens(kept, self.batch, self.tokens)
         return logits
@@ -303,7 +309,9 @@ class _EnoughError(Exception):
 
 def _rows(given: CallArguments, tokens: int) -> tuple[Tensor, ...]:
     """Queries, keys and values as `(batch, tokens, features)`; a pool's query is no token."""
-    parts = [part for part in (given.q, given.k, given.v) if part.ndim == 4 and part.shape[-2] == tokens]
+    # What a map computed by hand was made of is not at hand: its rows depend on all tokens, its values on their own.
+    entering = (given.q, given.k, given.v) if given.written is None else (given.v,)
+    parts = [part for part in entering if part.ndim == 4 and part.shape[-2] == tokens]
     return tuple(part.transpose(1, 2).flatten(2) for part in parts)
 
 
@@ -314,39 +322,6 @@ def _different_rows(now: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
         gap = (one - other).abs().nan_to_num(0.0).amax(-1).double()
         different.append((gap > _SAME * other.abs().nan_to_num(0.0).max().double()).cpu())
     return torch.stack(different).any(0)
-
-
-def _with_noise(output: Tensor, rows: Tensor) -> Tensor:
-    """`(batch, heads, tokens, dim)` with some `(batch, tokens)` replaced by noise."""
-    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
-    size = output.float().std().nan_to_num(0.0).clamp_min(0.1).to(output.dtype)
-    return torch.where(rows[:, None, :, None].to(output.device), _NOISE * size * noise, output)
-
-
-def _part_changed(inputs: Mapping[str, Any], number: int, images: Tensor) -> dict[str, Any] | None:
-    """The inputs with a corner of some images (or a word of some sequences) exchanged; None for other inputs."""
-    key = image_key(inputs)
-    rows = images.nonzero().flatten().tolist()
-    if key is not None and inputs[key].is_floating_point():
-        image = inputs[key].clone()
-        height, width = (max(1, side // 4) for side in image.shape[-2:])
-        corners = ((0, 0), (image.shape[-2] // 2, image.shape[-1] // 2), (0, image.shape[-1] - width))
-        top, left = corners[number % 3]
-        part = image[rows, :, top : top + height, left : left + width]
-        noise = torch.randn(part.shape, generator=torch.Generator().manual_seed(2 + number)).to(part)
-        image[rows, :, top : top + height, left : left + width] = noise - part
-        return {**inputs, key: image}
-    words, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    if not isinstance(words, Tensor) or words.ndim != 2:
-        return None
-    words = words.clone()
-    for row in rows:
-        # A word takes the place of the next; the ends (class and end marks, padding) are left alone.
-        real = int(mask[row].sum()) if isinstance(mask, Tensor) and mask.ndim == 2 else words.shape[1]
-        if real > 4:
-            place = 1 + number % (real - 3)
-            words[row, place] = words[row, place + 1]
-    return {**inputs, "input_ids": words}
 
 
 def _named(call: AttentionCall) -> str:

@@ -33,9 +33,80 @@ def readout(found: Recording, score: Tensor, image: Tensor | None) -> Tensor:
     if (grad.flatten(1).abs().amax(-1).eq(0) & finite).any():
         grad = torch.where(finite[:, None, None], _grad_before_head(found, image), torch.nan)
     rows = readout_rows(grad.masked_fill(~finite[:, None, None], 1.0))
+    if ((rows > 0).sum(-1) > 1).any():
+        _check_weights(found, score, image)
     if (rows > 0).float().mean() > 0.5:
         _check_last_block(found, read)
     return rows.masked_fill(~finite[:, None], torch.nan)
+
+
+def without_masked(start: Tensor, grads: Sequence[Tensor]) -> Tensor:
+    """The readout row without tokens that a mask hides from the pool.
+
+    A mask that was multiplied in leaves the gradient behind it equal for all tokens; in front of it, where the last
+    attention ended, masked tokens have none.
+
+    Args:
+        start: The readout row, `(batch, tokens)`.
+        grads: Gradients of the logit at the outputs of the last depth, `(batch, heads, tokens, value_dim)`.
+
+    Returns:
+        The row, summing to 1; as it was where nothing has a gradient.
+    """
+    alive = torch.stack([grad.ne(0).any(-1).any(1) for grad in grads]).any(0)
+    kept = start * alive
+    total = kept.sum(-1, keepdim=True)
+    return torch.where(total != 0, kept / total, start)
+
+
+def _check_weights(found: Recording, score: Tensor, image: Tensor | None) -> None:
+    """Refuse weights that tokens are multiplied by, and powers of them, on the way to the pool.
+
+    Behind them the gradient is the same for all tokens, as under a plain mean. What makes all tokens equally long
+    (a normalisation written by hand) is no weight.
+    """
+    sources = _sources(found, image)
+    for product, operands in found.trace.tokens.products:
+        if product.grad_fn is None or not _weighs_tokens(found, product, operands):
+            continue
+        if _passes_all(score, product, sources):
+            raise UnsupportedModelError(
+                f"the classifier reads its tokens with different weights: after {found.calls[-1].name} they are "
+                "multiplied by factors of their own or raised to a power before they are pooled (weighted, gated or "
+                "generalised-mean pooling), so no row of tokens says how much each is read."
+            )
+
+
+def _weighs_tokens(found: Recording, product: Tensor, operands: tuple[Tensor, ...]) -> bool:
+    last = found.calls[-1]
+    result = as_tokens(product.detach(), len(last.q), last.q.shape[-2])
+    if result is None or not operands:
+        return True  # a power
+    real = result.ne(0).any(-1)
+    for operand in operands:
+        try:
+            seen = as_tokens(operand.float().expand(product.shape), len(last.q), last.q.shape[-2])
+        except RuntimeError:
+            return False
+        assert seen is not None
+        first = seen[torch.arange(len(seen), device=seen.device), real.int().argmax(-1)][:, None]
+        if not ((seen - first).abs().amax(-1) * real).gt(1e-6 * first.abs().max()).any():
+            return False  # the same for all tokens that are left: a mask, or weights per channel
+    size = result.float().square().mean(-1)
+    largest = size.amax(-1, keepdim=True)
+    return bool((((largest - size) * real) > 1e-2 * largest).any())
+
+
+def _passes_all(score: Tensor, tokens: Tensor, sources: set[Any]) -> bool:
+    if score.grad_fn is None or tokens.grad_fn is None:
+        return False
+    return not reaches([score.grad_fn], sources, barrier=tokens.grad_fn)
+
+
+def _sources(found: Recording, image: Tensor | None) -> set[Any]:
+    first = found.calls[0]
+    sources = {image.grad_fn} if image is not None and image.grad_fn is not None else set()
+    return sources | ({first.edge.node} if first.edge is not None else set())
 
 
 def _token_grad(score: Tensor, tokens: Tensor, call: AttentionCall) -> Tensor:
@@ -88,9 +159,7 @@ def last_tokens(found: Recording, score: Tensor, image: Tensor | None) -> Tensor
     Raises:
         UnsupportedModelError: When the score reads anything beside them.
     """
-    last, first = found.calls[-1], found.calls[0]
-    sources = {image.grad_fn} if image is not None and image.grad_fn is not None else set()
-    sources |= {first.edge.node} if first.edge is not None else set()
+    last, sources = found.calls[-1], _sources(found, image)
     if score.grad_fn is None or not reaches([score.grad_fn], sources):
         raise UnsupportedModelError(
             "the logits carry no gradient back to the attention layers: the model's forward detaches its features "

@@ -74,7 +74,7 @@ def token_layout(found: Recording, model: nn.Module, image: Tensor | None) -> To
     if seen_by is None and layouts[0].grid in told:
         return layouts[0]
     for layout in layouts:
-        if seen_by is not None and _sees_its_patches(layout, *seen_by):
+        if seen_by is not None and sees_its_patches(layout, *seen_by):
             return layout
     tried = ", ".join(dict.fromkeys(f"{height} x {width}" for height, width in grids))
     raise UnsupportedModelError(
@@ -146,7 +146,8 @@ def _check_unmixed(asked: int, grad: Tensor, first: AttentionCall) -> None:
         )
 
 
-def _sees_its_patches(layout: TokenLayout, asked: list[int], seen: Tensor) -> bool:
+def sees_its_patches(layout: TokenLayout, asked: list[int], seen: Tensor) -> bool:
+    """Whether some tokens lie where a layout says, by how strongly they depend on each pixel, `(height, width)`."""
     assert layout.grid is not None
     height, width = layout.grid
     cells = [divmod(token - layout.prefix, width) for token in asked]
