@@ -1,4 +1,4 @@
-"""A dense head on a ViT: explain the class logits averaged over a mask, here where the model predicts the class."""
+"""A dense head on a ViT: explain the logits of a class averaged over a region of its output."""
 
 import timm
 import torch
@@ -23,5 +23,7 @@ class Segmenter(nn.Module):
         return self.head(tokens.transpose(1, 2).unflatten(2, (4, 4)))
 
 
-result = gmar(Segmenter().eval(), torch.randn(2, 3, 32, 32), targets=MaskLogit(1))
+region = torch.zeros(4, 4)
+region[1:3, 1:3] = 1  # the middle of the picture
+result = gmar(Segmenter().eval(), torch.randn(2, 3, 32, 32), targets=MaskLogit(1, mask=region))
 print(result.importance.shape, None if result.heatmaps is None else result.heatmaps.shape)
