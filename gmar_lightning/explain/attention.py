@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from gmar_lightning.explain.intercept import (
     one_per_head,
     softmax_map,
 )
+from gmar_lightning.explain.kernel import OpenAttention, Ticket, explicit_attention, visit_blocks
 from gmar_lightning.explain.trace import ModuleTrace
 
 
@@ -72,12 +73,39 @@ class AttentionCall:
         return softmax_map(self.q, self.k, self.mask, self.scale, self.causal, rows)
 
 
+# Memory for attention maps kept from the forward for the backward, per forward pass: layers keep theirs, the first
+# ones first, while the sum fits. Fits all 12 layers of ViT-S/16 at 224 px with 8 images (86 MiB); at 1024 px one
+# layer alone (192 MiB for 3 heads) does not, and its maps are computed again, block by block, in the backward.
+_KEPT_BYTES = 128 * 2**20
+
+
 @dataclass
 class Recording:
-    """What one forward pass showed: its attention calls and the trace of its modules."""
+    """What one forward pass showed: its attention calls and the trace of its modules.
+
+    Attributes:
+        calls: In forward order.
+        trace: What ran.
+        tickets: One for each call, when the recording is open to the backward pass.
+    """
 
     calls: list[AttentionCall] = field(default_factory=list)
     trace: ModuleTrace = field(default_factory=ModuleTrace)
+    tickets: list[Ticket] = field(default_factory=list)
+    kept_bytes: int = 0
+
+    def keeps(self, call: AttentionCall) -> bool:
+        """Whether the budget allows to keep the map of `call`, and takes its part."""
+        # Half precision and autocast stay with the fused kernel: the logits are those the model computes.
+        if call.q.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(
+            call.q.device.type
+        ):
+            return False
+        size = call.q.shape[:3].numel() * call.k.shape[-2] * call.q.element_size()
+        if self.kept_bytes + size > _KEPT_BYTES:
+            return False
+        self.kept_bytes += size
+        return True
 
     def forget_unread_pool(self, logits: Tensor) -> None:
         """Drop a final attention pool that ran, but whose result the logits do not use."""
@@ -86,6 +114,7 @@ class Recording:
         edge = self.calls[-1].edge
         if edge is not None and not reaches([logits.grad_fn], {edge.node}):
             self.calls.pop()
+            del self.tickets[len(self.calls) :]
             self.trace.tokens.leaving = self.trace.tokens.before_pool
 
 
@@ -114,8 +143,17 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionCall]]:
 
 
 @contextmanager
-def recording(model: nn.Module) -> Iterator[Recording]:
-    """As `record_attention`, with the trace that `TokenLayout` needs to derive the picture."""
+def recording(model: nn.Module, *, open_backward: bool = False, peaks: bool = False) -> Iterator[Recording]:
+    """As `record_attention`, with the trace that `TokenLayout` needs to derive the picture.
+
+    Args:
+        model: The module whose paths name the calls.
+        open_backward: Lead the backward of every call through its ticket's `visit`, and keep small maps.
+        peaks: Note the largest pre-softmax logit where a map is kept.
+
+    Yields:
+        What was recorded; its tickets are emptied when the block ends.
+    """
     found = Recording()
     invocations: list[int] = []
 
@@ -126,34 +164,89 @@ def recording(model: nn.Module) -> Iterator[Recording]:
             invocations[index] == given.invocation or _same_values(found.calls[index].v, given.v)
             for index in beside
         )
-        output = given.compute()
+        call = AttentionCall(
+            name=given.name,
+            q=given.q.detach(),
+            k=given.k.detach(),
+            v=given.v.detach(),
+            mask=None if given.mask is None else given.mask.detach(),
+            scale=given.scale,
+            output=given.q.detach(),
+            causal=given.causal,
+            depth=depth,
+            owner=given.owner,
+            shared_qkv=given.q is given.k and given.k is given.v,
+            twin=twin,
+            detached=detached,
+        )
+        ticket = Ticket(call)
+        output = _opened(given, ticket, found, peaks) if open_backward else given.compute()
         if torch.is_grad_enabled() and not output.requires_grad:
             output.requires_grad_()
+        call = replace(call, output=output, edge=get_gradient_edge(output) if output.requires_grad else None)
+        ticket.call = call
         invocations.append(given.invocation)
-        found.calls.append(
-            AttentionCall(
-                name=given.name,
-                q=given.q.detach(),
-                k=given.k.detach(),
-                v=given.v.detach(),
-                mask=None if given.mask is None else given.mask.detach(),
-                scale=given.scale,
-                output=output,
-                causal=given.causal,
-                depth=depth,
-                owner=given.owner,
-                shared_qkv=given.q is given.k and given.k is given.v,
-                twin=twin,
-                detached=detached,
-                edge=get_gradient_edge(output) if output.requires_grad else None,
-            )
-        )
+        found.calls.append(call)
+        found.tickets.append(ticket)
         if output.ndim == 4:
             found.trace.saw_attention(len(output), output.shape[-2], given.k.shape[-2])
         return output
 
-    with intercept_attention(model, record, found.trace):
-        yield found
+    try:
+        with intercept_attention(model, record, found.trace, _again if open_backward else None):
+            yield found
+    finally:
+        for ticket in found.tickets:
+            ticket.clear()
+
+
+def _opened(given: CallArguments, ticket: Ticket, found: Recording, peaks: bool) -> Tensor:
+    """The output of a call, computed so that its backward goes through the ticket."""
+    call, inputs = ticket.call, (given.q, given.k, given.v)
+    attached = any(tensor.requires_grad for tensor in inputs)
+    if call is None or not (attached and torch.is_grad_enabled() and _is_plain(call)):
+        return given.compute()
+
+    def run() -> Tensor:
+        if not found.keeps(call):
+            return given.compute()
+        output, ticket.kept, ticket.peak = explicit_attention(call, peaks)
+        return output
+
+    ticket.visit = _plain_backward
+    mask = given.mask
+    # The gradient of a learned bias is not needed; that of a mask computed from tokens is.
+    if mask is not None and not any(_feeds(earlier, (mask,)) for earlier in found.calls[:1]):
+        mask = mask.detach()
+    return OpenAttention.apply(*inputs, mask, run, ticket)  # pyright: ignore[reportReturnType]
+
+
+def _again(given: CallArguments) -> Tensor:
+    """What `_opened` returned, for a checkpointed layer: same graph, no tensor saved, never gone back through."""
+    ticket = Ticket(None)
+    if not any(tensor.requires_grad for tensor in (given.q, given.k, given.v)):
+        return given.compute().requires_grad_()
+    return OpenAttention.apply(given.q, given.k, given.v, None, given.compute, ticket)  # pyright: ignore
+
+
+def _plain_backward(ticket: Ticket, output_grad: Tensor, needs: Any) -> tuple[Tensor | None, ...]:
+    """The backward of a call to which nobody listens."""
+    assert ticket.call is not None
+    return visit_blocks(ticket.call, output_grad, ticket.kept, None, needs)
+
+
+def _is_plain(call: AttentionCall) -> bool:
+    """Whether queries, keys and values are dense and of matching shapes; anything else is refused, or a leaf."""
+    shapes = [tensor.shape for tensor in (call.q, call.k, call.v)]
+    dense = all(tensor.layout is torch.strided for tensor in (call.q, call.k, call.v))
+    return (
+        dense
+        and all(
+            len(shape) == 4 and shape[0] == shapes[0][0] and shape[1] == shapes[1][1] for shape in shapes[1:]
+        )
+        and shapes[0][1] % shapes[1][1] == 0
+        and len(shapes[0]) == 4
+    )
 
 
 def _place(calls: Sequence[AttentionCall], tensors: tuple[Tensor, ...]) -> tuple[int, bool]:

@@ -37,7 +37,9 @@ SIGNALS = {
 class MapSignals:
     """Sums over the blocks of one layer's map, for the signals that need the map itself."""
 
-    def __init__(self, call: AttentionCall, layout: TokenLayout, keys: Tensor | None) -> None:
+    def __init__(
+        self, call: AttentionCall, layout: TokenLayout, keys: Tensor | None, peak: Tensor | None
+    ) -> None:
         batch, heads, queries, _ = call.q.shape
         dtype = torch.promote_types(call.q.dtype, torch.float32)
         self.layout, self.queries = layout, queries
@@ -47,14 +49,15 @@ class MapSignals:
         self.share = asked / asked.sum(-1, keepdim=True)
         self.entropy = self.real.new_zeros(batch, heads)
         self.reach, self.mass = torch.zeros_like(self.entropy), torch.zeros_like(self.entropy)
-        self.peak = torch.full_like(self.entropy, -torch.inf)
+        self.peak = torch.full_like(self.entropy, -torch.inf) if peak is None else peak
         self._far: tuple[slice, Tensor] | None = None
 
-    def add(self, block: Block, scores: Tensor, attention: Tensor) -> None:
-        """Take in one block, its pre-softmax scores and its map."""
+    def add(self, block: Block, scores: Tensor | None, attention: Tensor) -> None:
+        """Take in one block, its pre-softmax scores (None where the peak is known) and its map."""
         part = block.images, block.heads
         share = self.share[block.images, None, block.rows]
-        self.peak[part] = torch.maximum(self.peak[part], scores.amax((-2, -1)))
+        if scores is not None:
+            self.peak[part] = torch.maximum(self.peak[part], scores.amax((-2, -1)))
         self.entropy[part] += (torch.special.entr(attention).sum(-1) * share).sum(-1)
         if self.layout.grid is not None and self.queries > 1:
             far = self._distances(block.rows, attention)
