@@ -130,8 +130,9 @@ def visit_blocks(
     grads = _InputGrads(call, output_grad, needs) if any(needs) else None
     needs_grad = grads is not None or (listener is not None and listener.needs_grad)
     needs_map = grads is not None or (listener is not None and listener.needs_map)
+    # The function mode that watches the model has nothing to see here, and costs as much as a small product.
     # Autocast would take the products to half precision, and in float32 is where everything is reduced.
-    with torch.autocast(call.q.device.type, enabled=False):
+    with torch.autocast(call.q.device.type, enabled=False), torch._C.DisableTorchFunction():
         for block in blocks(call):
             scores = block.scores(call) if needs_map and kept is None else None
             attention = None if kept is None else kept[(block.images, block.heads, block.rows)]

@@ -21,7 +21,7 @@ from gmar_lightning.explain.importance import (
 )
 from gmar_lightning.explain.kernel import NO_GRADS, Needs, span_of, visit_blocks
 from gmar_lightning.explain.rollout import BackwardRows, PaperStep, Rollout, paper_row
-from gmar_lightning.explain.signals import MapSignals
+from gmar_lightning.explain.signals import DistanceTable, MapSignals
 from gmar_lightning.explain.tokens import TokenLayout
 
 HeadMaps = Literal["plain"] | bool
@@ -85,6 +85,7 @@ class Sweep:
         self.layers: dict[int, LayerNumbers] = {}
         self.head_maps: dict[int, Tensor] = {}
         self._kept: dict[int, Tensor] = {}
+        self._far = DistanceTable(layout)
         self._started = not calls[-1].is_pool
         self._start: dict[str, Tensor] = dict.fromkeys(form.rollouts, self.readout)
         self._rows = BackwardRows(form.rollouts, self._start, form.residual)
@@ -114,7 +115,7 @@ class Sweep:
         gated = {"gradient": rows.pop("gradient")} if "gradient" in rows else {}
         if self.form.head_maps:
             (rows if self.form.head_maps == "plain" else gated)["head map"] = self._head_row()
-        sums = LayerSums(call, rows, gated, self.form, self.layout, self.padding, peak)
+        sums = LayerSums(call, rows, gated, self.form, self._far, self.padding, peak)
         # Past the last attention only the rows that are read have a gradient: for a class token, one of them.
         span = span_of(output_grad) if call.depth == self.calls[-1].depth else slice(None)
         grads = visit_blocks(call, output_grad, kept, sums, needs, span)
@@ -170,14 +171,14 @@ class LayerSums:
         plain: Mapping[str, Tensor],
         gated: Mapping[str, Tensor],
         form: Form,
-        layout: TokenLayout,
+        far: DistanceTable,
         padding: Tensor | None,
         peak: Tensor | None = None,
     ) -> None:
         batch, heads, _, _ = call.q.shape
         dtype = torch.promote_types(call.q.dtype, torch.float32)
         self.norm, self.padding = form.norm, padding
-        self.signals = MapSignals(call, layout, padding, peak) if form.signals else None
+        self.signals = MapSignals(call, far.layout, padding, peak, far) if form.signals else None
         if self.signals is not None:
             plain = {**plain, "mean": self.signals.share}
         self.importance = call.q.new_zeros(batch, heads, dtype=dtype)
