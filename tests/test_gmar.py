@@ -161,7 +161,7 @@ def test_all_forms_head_maps_and_contribution_in_one_pass(read):
 
 @pytest.mark.parametrize("budget", [0, 2 * 3 * 17 * 17 * 4 * 2])
 def test_maps_kept_or_computed_again_give_the_same_numbers(budget, monkeypatch):
-    """Without a budget every map is computed again in the backward; the second one suffices for two layers of three."""
+    """Without a budget every map is computed again in the backward; the second suffices for two layers of three."""
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
         model, images = seeded(ViT).to(dtype), pictures(2).to(dtype)
         asked = {"rollout": ROLLOUTS, "signals": True, "head_maps": True}
