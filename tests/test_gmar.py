@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gmar_lightning import gmar
-from gmar_lightning.explain import attention
+from gmar_lightning.explain import kernel
 from tests.helpers.networks import Attention, ViT, pictures, seeded
 from tests.helpers.reference import reference, relative_error
 
@@ -167,7 +167,7 @@ def test_maps_kept_or_computed_again_give_the_same_numbers(budget, monkeypatch):
         asked = {"rollout": ROLLOUTS, "signals": True, "head_maps": True}
         with monkeypatch.context() as patch:
             kept = gmar(model, images, **asked)
-            patch.setattr(attention, "_KEPT_BYTES", budget)
+            patch.setattr(kernel, "_KEPT_BYTES", budget)
             again = gmar(model, images, **asked)
         for name in ("importance", "contribution", "head_weights", "head_maps", "logits"):
             assert relative_error(getattr(again, name), getattr(kept, name)) < tolerance

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -18,8 +19,12 @@ from gmar_lightning.explain.intercept import (
     one_per_head,
     softmax_map,
 )
-from gmar_lightning.explain.kernel import OpenAttention, Ticket, explicit_attention, visit_blocks
+from gmar_lightning.explain.kernel import MapBudget, Ticket, open_again, open_call, opens
 from gmar_lightning.explain.trace import ModuleTrace
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +46,15 @@ class AttentionCall:
         twin: Whether another call beside this one was made in the same invocation of a module, or on the
             same values.
         detached: Whether this call continues another chain than the calls before it.
+        index: Number of the call in its pass, those that the images do not reach counted as well.
         edge: Where the output entered the graph; None when it was computed without one.
+        weights: The map itself, detached, for attention written by hand; queries and keys then stand for their
+            sizes alone.
+        values: The values, attached to the graph.
+        entering: What the module that made the call was given.
+        arrange: Brings a gradient at `edge` to the shape of `output`.
+        heads_first: Whether heads were merged into the batch in front of the images, `(heads * batch, ...)`.
+        mixers_before: How many places outside the attention had mixed tokens when the call was made.
     """
 
     name: str
@@ -57,7 +70,14 @@ class AttentionCall:
     shared_qkv: bool = False
     twin: bool = False
     detached: bool = False
+    index: int = 0
     edge: GradientEdge | None = None
+    weights: Tensor | None = None
+    values: Tensor | None = None
+    entering: tuple[Tensor, ...] = ()
+    arrange: Callable[[Tensor], Tensor] = _as_it_is
+    heads_first: bool = False
+    mixers_before: int = 0
 
     @property
     def is_pool(self) -> bool:
@@ -70,13 +90,10 @@ class AttentionCall:
 
     def attention(self, rows: slice = slice(None)) -> Tensor:
         """The softmaxed attention map of some query rows, `(batch, heads, rows, keys)`."""
+        if self.weights is not None:
+            # A copy: callers work on the map in place.
+            return at_least_float32(self.weights[:, :, rows]).clone()
         return softmax_map(self.q, self.k, self.mask, self.scale, self.causal, rows)
-
-
-# Memory for attention maps kept from the forward for the backward, per forward pass: layers keep theirs, the first
-# ones first, while the sum fits. Fits all 12 layers of ViT-S/16 at 224 px with 8 images (86 MiB); at 1024 px one
-# layer alone (192 MiB for 3 heads) does not, and its maps are computed again, block by block, in the backward.
-_KEPT_BYTES = 128 * 2**20
 
 
 @dataclass
@@ -84,28 +101,38 @@ class Recording:
     """What one forward pass showed: its attention calls and the trace of its modules.
 
     Attributes:
-        calls: In forward order.
-        trace: What ran.
+        calls: The calls, in forward order.
+        aside: Calls that the explained images do not reach by gradient, in order: a text tower beside an image
+            tower, a teacher under `no_grad`.
+        trace: What the modules did.
+        batch: Images in the pass, set before it; None leaves the calls in the shape they were made in.
+        image: The node at the head of the images' graph, set before the pass; None takes every call as reached.
+        entered: Queries, keys and values of the first call, attached.
         tickets: One for each call, when the recording is open to the backward pass.
+        opened: All tickets that the graph refers to.
+        budget: Memory for kept maps.
     """
 
     calls: list[AttentionCall] = field(default_factory=list)
+    aside: list[AttentionCall] = field(default_factory=list)
     trace: ModuleTrace = field(default_factory=ModuleTrace)
+    batch: int | None = None
+    image: Any = None
+    entered: tuple[Tensor, ...] = ()
     tickets: list[Ticket] = field(default_factory=list)
-    kept_bytes: int = 0
+    opened: list[Ticket] = field(default_factory=list)
+    budget: MapBudget = field(default_factory=MapBudget)
 
-    def keeps(self, call: AttentionCall) -> bool:
-        """Whether the budget allows to keep the map of `call`, and takes its part."""
-        # Half precision and autocast stay with the fused kernel: the logits are those the model computes.
-        if call.q.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(
-            call.q.device.type
-        ):
-            return False
-        size = call.q.shape[:3].numel() * call.k.shape[-2] * call.q.element_size()
-        if self.kept_bytes + size > _KEPT_BYTES:
-            return False
-        self.kept_bytes += size
-        return True
+    @property
+    def folded(self) -> bool:
+        """Whether some call attends within windows, several to an image."""
+        return any(len(call.q) != self.batch for call in self.calls)
+
+    def reached(self, tensors: tuple[Tensor, ...]) -> bool:
+        """Whether the images reach any of some tensors by gradient."""
+        if self.image is None or any(_feeds(call, tensors) for call in self.calls[-2:]):
+            return True
+        return reaches([t.grad_fn for t in tensors if t.grad_fn is not None], {self.image})
 
     def forget_unread_pool(self, logits: Tensor) -> None:
         """Drop a final attention pool that ran, but whose result the logits do not use."""
@@ -156,97 +183,92 @@ def recording(model: nn.Module, *, open_backward: bool = False, peaks: bool = Fa
     """
     found = Recording()
     invocations: list[int] = []
+    computed = functools.partial(_opened, peaks=peaks) if open_backward else _closed
 
     def record(given: CallArguments) -> Tensor:
-        depth, detached = _place(found.calls, (given.q, given.k, given.v))
-        beside = [index for index, other in enumerate(found.calls) if other.depth == depth and not detached]
+        index = len(found.calls) + len(found.aside)
+        if not found.reached(given.reads):
+            call = _recorded(given, found.trace, index=index)
+            output, ticket = computed(given, call, found, None)
+            ticket.call = _with_output(call, output)
+            found.aside.append(ticket.call)
+            found.trace.saw_call()
+            return output
+        depth, detached = _place(found.calls, given.reads)
+        beside = [place for place, other in enumerate(found.calls) if other.depth == depth and not detached]
         twin = any(
-            invocations[index] == given.invocation or _same_values(found.calls[index].v, given.v)
-            for index in beside
+            invocations[place] == given.invocation or _same_values(found.calls[place].v, given.v)
+            for place in beside
         )
-        call = AttentionCall(
-            name=given.name,
-            q=given.q.detach(),
-            k=given.k.detach(),
-            v=given.v.detach(),
-            mask=None if given.mask is None else given.mask.detach(),
-            scale=given.scale,
-            output=given.q.detach(),
-            causal=given.causal,
-            depth=depth,
-            owner=given.owner,
-            shared_qkv=given.q is given.k and given.k is given.v,
-            twin=twin,
-            detached=detached,
-        )
-        ticket = Ticket(call)
-        output = _opened(given, ticket, found, peaks) if open_backward else given.compute()
+        call = _recorded(given, found.trace, index=index, depth=depth, twin=twin, detached=detached)
+        output, ticket = computed(given, call, found, found.budget)
         if torch.is_grad_enabled() and not output.requires_grad:
             output.requires_grad_()
-        call = replace(call, output=output, edge=get_gradient_edge(output) if output.requires_grad else None)
-        ticket.call = call
         invocations.append(given.invocation)
-        found.calls.append(call)
+        if not found.calls:
+            found.entered = (given.q, given.k, given.v) if given.written is None else (given.v,)
+        ticket.call = _with_output(call, output)
+        found.calls.append(ticket.call)
         found.tickets.append(ticket)
+        found.trace.saw_call()
         if output.ndim == 4:
             found.trace.saw_attention(len(output), output.shape[-2], given.k.shape[-2])
+        elif found.batch and output.ndim in (3, 5) and len(output) % found.batch == 0:
+            # Merged or grouped heads: the tokens around the call have one row per image.
+            found.trace.saw_attention(found.batch, output.shape[-2], given.k.shape[-2])
         return output
 
     try:
-        with intercept_attention(model, record, found.trace, _again if open_backward else None):
+        with intercept_attention(model, record, found.trace, open_again if open_backward else None):
             yield found
     finally:
-        for ticket in found.tickets:
+        for ticket in found.opened:
             ticket.clear()
 
 
-def _opened(given: CallArguments, ticket: Ticket, found: Recording, peaks: bool) -> Tensor:
-    """The output of a call, computed so that its backward goes through the ticket."""
-    call, inputs = ticket.call, (given.q, given.k, given.v)
-    attached = any(tensor.requires_grad for tensor in inputs)
-    if call is None or not (attached and torch.is_grad_enabled() and _is_plain(call)):
-        return given.compute()
+def _closed(
+    given: CallArguments, call: AttentionCall, found: Recording, budget: MapBudget | None
+) -> tuple[Tensor, Ticket]:
+    return given.compute(), Ticket(call)
 
-    def run() -> Tensor:
-        if not found.keeps(call):
-            return given.compute()
-        output, ticket.kept, ticket.peak = explicit_attention(call, peaks)
-        return output
 
-    ticket.visit = _plain_backward
-    mask = given.mask
+def _opened(
+    given: CallArguments, call: AttentionCall, found: Recording, budget: MapBudget | None, *, peaks: bool
+) -> tuple[Tensor, Ticket]:
+    if not opens(given):
+        return _closed(given, call, found, budget)
+    ticket, mask = Ticket(call), given.mask
+    found.opened.append(ticket)
     # The gradient of a learned bias is not needed; that of a mask computed from tokens is.
     if mask is not None and not any(_feeds(earlier, (mask,)) for earlier in found.calls[:1]):
         mask = mask.detach()
-    return OpenAttention.apply(*inputs, mask, run, ticket)  # pyright: ignore[reportReturnType]
+    return open_call(given, mask, ticket, budget, peaks), ticket
 
 
-def _again(given: CallArguments) -> Tensor:
-    """What `_opened` returned, for a checkpointed layer: same graph, no tensor saved, never gone back through."""
-    ticket = Ticket(None)
-    if not any(tensor.requires_grad for tensor in (given.q, given.k, given.v)):
-        return given.compute().requires_grad_()
-    return OpenAttention.apply(given.q, given.k, given.v, None, given.compute, ticket)  # pyright: ignore
-
-
-def _plain_backward(ticket: Ticket, output_grad: Tensor, needs: Any) -> tuple[Tensor | None, ...]:
-    """The backward of a call to which nobody listens."""
-    assert ticket.call is not None
-    return visit_blocks(ticket.call, output_grad, ticket.kept, None, needs)
-
-
-def _is_plain(call: AttentionCall) -> bool:
-    """Whether queries, keys and values are dense and of matching shapes; anything else is refused, or a leaf."""
-    shapes = [tensor.shape for tensor in (call.q, call.k, call.v)]
-    dense = all(tensor.layout is torch.strided for tensor in (call.q, call.k, call.v))
-    return (
-        dense
-        and all(
-            len(shape) == 4 and shape[0] == shapes[0][0] and shape[1] == shapes[1][1] for shape in shapes[1:]
-        )
-        and shapes[0][1] % shapes[1][1] == 0
-        and len(shapes[0]) == 4
+def _recorded(given: CallArguments, trace: ModuleTrace, **place: Any) -> AttentionCall:
+    """A call before its output is known; the values stand in its place."""
+    return AttentionCall(
+        name=given.name,
+        q=given.q.detach(),
+        k=given.k.detach(),
+        v=given.v.detach(),
+        mask=None if given.mask is None else given.mask.detach(),
+        scale=given.scale,
+        output=given.v.detach(),
+        causal=given.causal,
+        owner=given.owner,
+        shared_qkv=given.q is given.k and given.k is given.v,
+        weights=None if given.written is None else given.written.weights.detach(),
+        values=given.v,
+        entering=trace.entering(),
+        mixers_before=len(trace.mixers),
+        **place,
     )
+
+
+def _with_output(call: AttentionCall, output: Tensor) -> AttentionCall:
+    edge = get_gradient_edge(output) if output.requires_grad else None
+    return replace(call, output=output, edge=edge)
 
 
 def _place(calls: Sequence[AttentionCall], tensors: tuple[Tensor, ...]) -> tuple[int, bool]:

@@ -16,13 +16,38 @@ import torch
 from torch import Tensor
 
 from gmar_lightning.explain.blocks import Block, blocks
-from gmar_lightning.explain.intercept import at_least_float32
+from gmar_lightning.explain.intercept import CallArguments, at_least_float32
 
 if TYPE_CHECKING:  # attention.py records through this module
     from gmar_lightning.explain.attention import AttentionCall
 
 Needs = tuple[bool, bool, bool, bool]
 NO_GRADS: Needs = (False, False, False, False)
+
+
+# Memory for attention maps kept from the forward for the backward, per forward pass: layers keep theirs, the first
+# ones first, while the sum fits. Fits all 12 layers of ViT-S/16 at 224 px with 8 images (86 MiB); at 1024 px one
+# layer alone (192 MiB for 3 heads) does not, and its maps are computed again, block by block, in the backward.
+_KEPT_BYTES = 128 * 2**20
+
+
+@dataclass
+class MapBudget:
+    """What is left for kept maps in one forward pass, in bytes."""
+
+    left: int = -1
+
+    def takes(self, call: AttentionCall) -> bool:
+        """Whether the map of `call` may be kept; if so its part is taken."""
+        self.left = _KEPT_BYTES if self.left < 0 else self.left
+        # Half precision and autocast stay with the fused kernel: the logits are those the model computes.
+        if call.q.dtype not in (torch.float32, torch.float64):
+            return False
+        size = call.q.shape[:3].numel() * call.k.shape[-2] * call.q.element_size()
+        if torch.is_autocast_enabled(call.q.device.type) or size > self.left:
+            return False
+        self.left -= size
+        return True
 
 
 class Listener(Protocol):
@@ -86,6 +111,58 @@ class OpenAttention(torch.autograd.Function):
         return (*ticket.visit(ticket, grad_outputs[0], ctx.needs_input_grad[:4]), None, None)
 
 
+def opens(given: CallArguments) -> bool:
+    """Whether a call has a graph, and queries, keys and values that are dense and of matching shapes."""
+    inputs = given.q, given.k, given.v
+    if given.written is not None or not torch.is_grad_enabled():
+        return False
+    if not any(tensor.requires_grad for tensor in inputs):
+        return False
+    if not all(tensor.ndim == 4 and tensor.layout is torch.strided for tensor in inputs):
+        return False
+    one_batch = len({len(tensor) for tensor in inputs}) == 1
+    return one_batch and given.k.shape[1] == given.v.shape[1] and given.q.shape[1] % given.k.shape[1] == 0
+
+
+def open_call(
+    given: CallArguments, mask: Tensor | None, ticket: Ticket, budget: MapBudget | None, peaks: bool
+) -> Tensor:
+    """The output of a call that `opens`, computed so that its backward goes through the ticket.
+
+    Args:
+        given: The call.
+        mask: Its mask, detached where its gradient is not needed.
+        ticket: Holds the call; receives the map if that is kept.
+        budget: For the map; None keeps none.
+        peaks: Note the largest pre-softmax logit where the map is kept.
+    """
+    call = ticket.call
+    ticket.visit = _plain_backward
+
+    def run() -> Tensor:
+        if call is None or budget is None or not budget.takes(call):
+            return given.compute()
+        output, ticket.kept, ticket.peak = explicit_attention(call, peaks)
+        return output
+
+    return OpenAttention.apply(given.q, given.k, given.v, mask, run, ticket)  # pyright: ignore[reportReturnType]
+
+
+def open_again(given: CallArguments) -> Tensor:
+    """What the recording computed, for a checkpointed layer: as many tensors saved, never gone back through."""
+    if opens(given):
+        args = (given.q, given.k, given.v, None, given.compute, Ticket(None))
+        return OpenAttention.apply(*args)  # pyright: ignore[reportReturnType]
+    output = given.compute()
+    return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_()
+
+
+def _plain_backward(ticket: Ticket, output_grad: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
+    """The backward of a call to which nobody listens."""
+    assert ticket.call is not None
+    return visit_blocks(ticket.call, output_grad, ticket.kept, None, needs)
+
+
 def explicit_attention(call: AttentionCall, with_peak: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output, map and (on request) largest logit of a call, block by block."""
     batch, heads, queries, _ = call.q.shape
@@ -134,9 +211,12 @@ def visit_blocks(
     # Autocast would take the products to half precision, and in float32 is where everything is reduced.
     with torch.autocast(call.q.device.type, enabled=False), torch._C.DisableTorchFunction():
         for block in blocks(call):
-            scores = block.scores(call) if needs_map and kept is None else None
-            attention = None if kept is None else kept[(block.images, block.heads, block.rows)]
-            attention = attention if scores is None else scores.softmax(-1)
+            scores, attention = None, None
+            if kept is not None:
+                attention = kept[(block.images, block.heads, block.rows)]
+            elif needs_map:
+                scores = block.scores(call) if call.weights is None else None
+                attention = block.attention(call, scores)
             if listener is not None and attention is not None:
                 listener.saw_map(block, scores, attention)
             inner = block.within(span)

@@ -106,7 +106,7 @@ def pull(row: Tensor, call: AttentionCall, weights: Tensor, kept: Tensor | None 
     pulled = row.new_zeros(row.shape[0], call.k.shape[-2])
     for block in blocks(call):
         part = block.images, block.heads, block.rows
-        attention = block.scores(call).softmax(-1) if kept is None else kept[part]
+        attention = block.attention(call, None) if kept is None else kept[part]
         share = weights[block.images, block.heads, None] * row[block.images, None, block.rows]
         pulled[block.images] += (share.flatten(1)[:, None] @ attention.flatten(1, 2))[:, 0]
     return pulled

@@ -70,14 +70,15 @@ class MapSignals:
         self.entropy = self.real.new_zeros(batch, heads)
         self.reach, self.mass = torch.zeros_like(self.entropy), torch.zeros_like(self.entropy)
         self.peak = torch.full_like(self.entropy, -torch.inf) if peak is None else peak
-        self._far = far
+        self._peak_known, self._far = peak is not None, far
 
     def add(self, block: Block, scores: Tensor | None, attention: Tensor) -> None:
-        """Take in one block, its pre-softmax scores (None where the peak is known) and its map."""
+        """Take in one block: its map, and its scores, None where the map was kept or computed by hand."""
         part = block.images, block.heads
         share = self.share[block.images, None, block.rows]
-        if scores is not None:
-            self.peak[part] = torch.maximum(self.peak[part], scores.amax((-2, -1)))
+        if not self._peak_known:
+            peak = attention.new_tensor(torch.nan) if scores is None else scores.amax((-2, -1))
+            self.peak[part] = torch.maximum(self.peak[part], peak)
         # torch.special.entr is not vectorised on a CPU: seven times the time of this logarithm. 0 log 0 is 0.
         surprise = attention.clamp_min(torch.finfo(attention.dtype).tiny).log_().mul_(attention)
         self.entropy[part] -= (surprise.sum(-1) * share).sum(-1)

@@ -162,6 +162,20 @@ class Sweep:
         return equal_weights(numbers.importance) if form == "rollout" else numbers.weights
 
 
+def visit(call: AttentionCall, output_grad: Tensor, form: Form, layout: TokenLayout) -> LayerNumbers:
+    """The numbers of a layer that belongs to no rollout.
+
+    Args:
+        call: The layer.
+        output_grad: `dy/dO`, `(batch, heads, queries, value_dim)`.
+        form: What is asked for.
+        layout: Where the patches are.
+    """
+    sums = LayerSums(call, {}, {}, form, DistanceTable(layout), None)
+    visit_blocks(call, output_grad, None, sums, NO_GRADS)
+    return sums.results(call, output_grad)
+
+
 class LayerSums:
     """What is added up over the blocks of one layer."""
 
