@@ -15,9 +15,9 @@ from gmar_lightning.explain.errors import NoPictureError, UnsupportedModelError
 from gmar_lightning.explain.explained import Explained, check_images_apart, explained
 from gmar_lightning.explain.folding import check_over_tokens, fold_numbers, folded, is_plain
 from gmar_lightning.explain.inputs import Goal, batch_size, forward, image_key, padding_of
-from gmar_lightning.explain.kernel import Needs, Ticket
+from gmar_lightning.explain.kernel import NO_GRADS, Needs, Ticket
 from gmar_lightning.explain.mixing import check_apart
-from gmar_lightning.explain.readout import check_rows_apart, readout
+from gmar_lightning.explain.readout import check_rows_apart, readout, without_masked
 from gmar_lightning.explain.refusals import check_plain_attention, check_reached, check_visible
 from gmar_lightning.explain.stages import last_stage, stage_layout
 from gmar_lightning.explain.sweep import Form, LayerNumbers, Sweep, visit
@@ -84,6 +84,7 @@ def measure(classifier: nn.Module, inputs: dict[str, Any], goal: Goal, form: For
             sweep = Sweep(found.calls, picture.start, form, picture.layout, picture.padding)
             _backward(found, sweep, seen.score)
             numbers = [sweep.layers[index] for index in range(len(found.calls))]
+            picture = replace(picture, start=sweep.readout)
             measured = _measured(found, numbers, sweep, picture, seen, scope)
         else:
             measured = _measured_at_the_end(found, picture, seen, form, scope, batch)
@@ -98,20 +99,26 @@ def _measured_at_the_end(
     """Take the gradients of all layers first, and visit the layers then."""
     grads = _grads(found, seen.score, [call.edge for call in found.calls], scope)
     if picture is not None and not found.calls[-1].is_pool:
+        last = _last_depth(found.calls, grads)
         try:
-            check_rows_apart(*_last_depth(found.calls, grads), picture.start)
+            check_rows_apart(*last, picture.start)
         except UnsupportedModelError as error:
             if scope == "whole":
                 raise
             picture, scope = None, f"none: {error}"
+        if picture is not None and scope == "whole":
+            picture = replace(picture, start=without_masked(picture.start, last[1]))
     return _numbers(found, grads, picture, seen, form, scope, batch)
 
 
 def _passes_in_order(found: Recording) -> bool:
-    """Whether the backward passes every layer but the first ones in the open, and so from the last to the first."""
-    first = found.calls[0].depth
-    pairs = zip(found.calls, found.tickets, strict=True)
-    return all(ticket.visit is not None or call.depth == first for call, ticket in pairs)
+    """Whether the backward passes every layer but the first ones in the open, and one layer before all others."""
+    first, last = found.calls[0].depth, found.calls[-1].depth
+    opened = [ticket.visit is not None for ticket in found.tickets]
+    before = [call.depth for call in found.calls[:-1]]
+    return last not in before and all(
+        is_open or call.depth == first for call, is_open in zip(found.calls, opened, strict=True)
+    )
 
 
 def _picture(
@@ -236,7 +243,7 @@ def _check_attached(score: Tensor) -> None:
 def _backward(found: Recording, sweep: Sweep, score: Tensor) -> None:
     """From the score to the first attention layer, and no further; every layer is taken in as it is passed."""
     _check_attached(score)
-    calls, tickets = found.calls, found.tickets
+    calls, tickets, start = found.calls, found.tickets, sweep.readout
     for index, ticket in enumerate(tickets):
         ticket.visited = False
         if ticket.visit is not None:
@@ -255,15 +262,17 @@ def _backward(found: Recording, sweep: Sweep, score: Tensor) -> None:
     for index in reversed(asked):
         grad = grads.pop(index)
         if calls[index].depth == last and not calls[-1].is_pool and grad is not None:
-            check_rows_apart([calls[index]], [grad], sweep.readout)
+            check_rows_apart([calls[index]], [grad], start)
         if not tickets[index].visited and grad is not None:
-            sweep.take(index, grad, tickets[index].kept, tickets[index].peak)
+            _visit(sweep, index, tickets[index], grad, NO_GRADS)
 
 
 def _visit(
     sweep: Sweep, index: int, ticket: Ticket, output_grad: Tensor, needs: Needs
 ) -> tuple[Tensor | None, ...]:
     kept, ticket.kept = ticket.kept, None  # freed as soon as it is reduced
+    if index == len(sweep.calls) - 1 and not sweep.calls[index].is_pool:
+        sweep.start_at(without_masked(sweep.readout, [output_grad]))
     return sweep.take(index, output_grad, kept, ticket.peak, needs)
 
 

@@ -87,8 +87,13 @@ class Sweep:
         self._kept: dict[int, Tensor] = {}
         self._far = DistanceTable(layout)
         self._started = not calls[-1].is_pool
-        self._start: dict[str, Tensor] = dict.fromkeys(form.rollouts, self.readout)
-        self._rows = BackwardRows(form.rollouts, self._start, form.residual)
+        self.start_at(self.readout)
+
+    def start_at(self, readout: Tensor) -> None:
+        """Start from another readout row; before any layer was taken."""
+        self.readout = readout
+        self._start: dict[str, Tensor] = dict.fromkeys(self.form.rollouts, readout)
+        self._rows = BackwardRows(self.form.rollouts, self._start, self.form.residual)
 
     def take(
         self,

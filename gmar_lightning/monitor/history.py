@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gmar_lightning.monitor.disk import append_line, read_lines, write_atomically, write_jpegs
+from gmar_lightning.monitor.history_page import history_page
 from gmar_lightning.monitor.mapfiles import HEAD_MAP_BYTES, MapFiles
 from gmar_lightning.monitor.record import FORMAT, SIGNALS, ProbeRecord, finite_only, head_counts
 from gmar_lightning.monitor.tables import GrowingArray
@@ -339,6 +340,10 @@ class History:
         except ImportError as error:
             raise ImportError("History.to_pandas needs pandas: pip install pandas") from error
         return pandas.DataFrame(list(self.rows()))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the last pictures, and every head over the probes."""
+        return history_page(self)
 
     def table(self, record: ProbeRecord, name: str) -> np.ndarray:
         """A record's signal `name` as `(layers, heads)` of this run, NaN where there is none."""
