@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gmar_lightning import gmar
+from gmar_lightning.explain import kernel
 from tests.helpers.networks import Attention, ViT, pictures, seeded
 from tests.helpers.reference import reference, relative_error
 
@@ -156,6 +157,22 @@ def test_all_forms_head_maps_and_contribution_in_one_pass(read):
             assert relative_error(one.head_maps, patches) < tolerance
             assert relative_error(one.contribution, torch.stack(expected.contribution, 1)) < tolerance
             assert relative_error(one.score, one.logits.gather(1, targets[:, None])[:, 0]) == 0
+
+
+@pytest.mark.parametrize("budget", [0, 2 * 3 * 17 * 17 * 4 * 2])
+def test_maps_kept_or_computed_again_give_the_same_numbers(budget, monkeypatch):
+    """Without a budget every map is computed again in the backward; the second suffices for two layers of three."""
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
+        model, images = seeded(ViT).to(dtype), pictures(2).to(dtype)
+        asked = {"rollout": ROLLOUTS, "signals": True, "head_maps": True}
+        with monkeypatch.context() as patch:
+            kept = gmar(model, images, **asked)
+            patch.setattr(kernel, "_KEPT_BYTES", budget)
+            again = gmar(model, images, **asked)
+        for name in ("importance", "contribution", "head_weights", "head_maps", "logits"):
+            assert relative_error(getattr(again, name), getattr(kept, name)) < tolerance
+        for one, other in ((again.maps, kept.maps), (again.signals, kept.signals)):
+            assert all(relative_error(one[name], other[name]) < tolerance for name in other)
 
 
 def test_result_says_what_was_explained():

@@ -7,7 +7,9 @@ from gmar_lightning.explain import blocks as module
 from gmar_lightning.explain.attention import AttentionCall
 from gmar_lightning.explain.blocks import blocks
 from gmar_lightning.explain.importance import head_weights
-from gmar_lightning.explain.sweep import Form, visit
+from gmar_lightning.explain.kernel import NO_GRADS, visit_blocks
+from gmar_lightning.explain.signals import DistanceTable
+from gmar_lightning.explain.sweep import Form, LayerSums
 from gmar_lightning.explain.tokens import TokenLayout
 
 
@@ -28,9 +30,11 @@ def call_of(
 
 
 def numbers_of(call, grad, norm="l1", keys=None, plain=None, gated=None, signals=False):
-    return visit(
-        call, grad, plain or {}, gated or {}, Form(norm, signals=signals), TokenLayout(0, None), keys
+    sums = LayerSums(
+        call, plain or {}, gated or {}, Form(norm, signals=signals), DistanceTable(TokenLayout(0, None)), keys
     )
+    visit_blocks(call, grad, None, sums, NO_GRADS)
+    return sums.results(call, grad)
 
 
 def head_importance(call, grad, norm="l1", keys=None):

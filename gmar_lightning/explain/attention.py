@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from gmar_lightning.explain.intercept import (
     one_per_head,
     softmax_map,
 )
+from gmar_lightning.explain.kernel import MapBudget, Ticket, open_again, open_call, opens
 from gmar_lightning.explain.trace import ModuleTrace
 
 
@@ -106,6 +108,9 @@ class Recording:
         batch: Images in the pass, set before it; None leaves the calls in the shape they were made in.
         image: The node at the head of the images' graph, set before the pass; None takes every call as reached.
         entered: Queries, keys and values of the first call, attached.
+        tickets: One for each call, when the recording is open to the backward pass.
+        opened: All tickets that the graph refers to.
+        budget: Memory for kept maps.
     """
 
     calls: list[AttentionCall] = field(default_factory=list)
@@ -114,6 +119,9 @@ class Recording:
     batch: int | None = None
     image: Any = None
     entered: tuple[Tensor, ...] = ()
+    tickets: list[Ticket] = field(default_factory=list)
+    opened: list[Ticket] = field(default_factory=list)
+    budget: MapBudget = field(default_factory=MapBudget)
 
     @property
     def folded(self) -> bool:
@@ -133,6 +141,7 @@ class Recording:
         edge = self.calls[-1].edge
         if edge is not None and not reaches([logits.grad_fn], {edge.node}):
             self.calls.pop()
+            del self.tickets[len(self.calls) :]
             self.trace.tokens.leaving = self.trace.tokens.before_pool
 
 
@@ -161,16 +170,28 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionCall]]:
 
 
 @contextmanager
-def recording(model: nn.Module) -> Iterator[Recording]:
-    """As `record_attention`, with the trace that `TokenLayout` needs to derive the picture."""
+def recording(model: nn.Module, *, open_backward: bool = False, peaks: bool = False) -> Iterator[Recording]:
+    """As `record_attention`, with the trace that `TokenLayout` needs to derive the picture.
+
+    Args:
+        model: The module whose paths name the calls.
+        open_backward: Lead the backward of every call through its ticket's `visit`, and keep small maps.
+        peaks: Note the largest pre-softmax logit where a map is kept.
+
+    Yields:
+        What was recorded; its tickets are emptied when the block ends.
+    """
     found = Recording()
     invocations: list[int] = []
+    computed = functools.partial(_opened, peaks=peaks) if open_backward else _closed
 
     def record(given: CallArguments) -> Tensor:
         index = len(found.calls) + len(found.aside)
         if not found.reached(given.reads):
-            output = given.compute()
-            found.aside.append(_recorded(given, output, found.trace, index=index))
+            call = _recorded(given, found.trace, index=index)
+            output, ticket = computed(given, call, found, None)
+            ticket.call = _with_output(call, output)
+            found.aside.append(ticket.call)
             found.trace.saw_call()
             return output
         depth, detached = _place(found.calls, given.reads)
@@ -179,15 +200,16 @@ def recording(model: nn.Module) -> Iterator[Recording]:
             invocations[place] == given.invocation or _same_values(found.calls[place].v, given.v)
             for place in beside
         )
-        output = given.compute()
+        call = _recorded(given, found.trace, index=index, depth=depth, twin=twin, detached=detached)
+        output, ticket = computed(given, call, found, found.budget)
         if torch.is_grad_enabled() and not output.requires_grad:
             output.requires_grad_()
         invocations.append(given.invocation)
         if not found.calls:
             found.entered = (given.q, given.k, given.v) if given.written is None else (given.v,)
-        found.calls.append(
-            _recorded(given, output, found.trace, index=index, depth=depth, twin=twin, detached=detached)
-        )
+        ticket.call = _with_output(call, output)
+        found.calls.append(ticket.call)
+        found.tickets.append(ticket)
         found.trace.saw_call()
         if output.ndim == 4:
             found.trace.saw_attention(len(output), output.shape[-2], given.k.shape[-2])
@@ -196,11 +218,35 @@ def recording(model: nn.Module) -> Iterator[Recording]:
             found.trace.saw_attention(found.batch, output.shape[-2], given.k.shape[-2])
         return output
 
-    with intercept_attention(model, record, found.trace):
-        yield found
+    try:
+        with intercept_attention(model, record, found.trace, open_again if open_backward else None):
+            yield found
+    finally:
+        for ticket in found.opened:
+            ticket.clear()
 
 
-def _recorded(given: CallArguments, output: Tensor, trace: ModuleTrace, **place: Any) -> AttentionCall:
+def _closed(
+    given: CallArguments, call: AttentionCall, found: Recording, budget: MapBudget | None
+) -> tuple[Tensor, Ticket]:
+    return given.compute(), Ticket(call)
+
+
+def _opened(
+    given: CallArguments, call: AttentionCall, found: Recording, budget: MapBudget | None, *, peaks: bool
+) -> tuple[Tensor, Ticket]:
+    if not opens(given):
+        return _closed(given, call, found, budget)
+    ticket, mask = Ticket(call), given.mask
+    found.opened.append(ticket)
+    # The gradient of a learned bias is not needed; that of a mask computed from tokens is.
+    if mask is not None and not any(_feeds(earlier, (mask,)) for earlier in found.calls[:1]):
+        mask = mask.detach()
+    return open_call(given, mask, ticket, budget, peaks), ticket
+
+
+def _recorded(given: CallArguments, trace: ModuleTrace, **place: Any) -> AttentionCall:
+    """A call before its output is known; the values stand in its place."""
     return AttentionCall(
         name=given.name,
         q=given.q.detach(),
@@ -208,17 +254,21 @@ def _recorded(given: CallArguments, output: Tensor, trace: ModuleTrace, **place:
         v=given.v.detach(),
         mask=None if given.mask is None else given.mask.detach(),
         scale=given.scale,
-        output=output,
+        output=given.v.detach(),
         causal=given.causal,
         owner=given.owner,
         shared_qkv=given.q is given.k and given.k is given.v,
-        edge=get_gradient_edge(output) if output.requires_grad else None,
         weights=None if given.written is None else given.written.weights.detach(),
         values=given.v,
         entering=trace.entering(),
         mixers_before=len(trace.mixers),
         **place,
     )
+
+
+def _with_output(call: AttentionCall, output: Tensor) -> AttentionCall:
+    edge = get_gradient_edge(output) if output.requires_grad else None
+    return replace(call, output=output, edge=edge)
 
 
 def _place(calls: Sequence[AttentionCall], tensors: tuple[Tensor, ...]) -> tuple[int, bool]:

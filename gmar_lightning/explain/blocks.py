@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gmar_lightning.explain.attention import AttentionCall
 from gmar_lightning.explain.intercept import at_least_float32, masked_scores
+
+if TYPE_CHECKING:  # attention.py records block by block
+    from gmar_lightning.explain.attention import AttentionCall
 
 # Elements of one (images, heads, rows, keys) block. On a CPU a block of 1 MiB in float32 and its gradient stay
 # in the second-level cache while every number is read off them; a GPU wants few and large kernels, 64 MiB.
@@ -24,6 +27,12 @@ class Block:
     images: slice
     heads: slice
     rows: slice
+
+    def within(self, span: slice) -> Block | None:
+        """The part of the block whose rows lie in `span`; None when there is none."""
+        start = max(self.rows.start, span.start or 0)
+        stop = self.rows.stop if span.stop is None else min(self.rows.stop, span.stop)
+        return replace(self, rows=slice(start, stop)) if start < stop else None
 
     def of_queries(self, tensor: Tensor) -> Tensor:
         """Part of `(batch, heads, queries, dim)`, in at least float32."""

@@ -79,6 +79,11 @@ class CallArguments:
         return _FUSED(self.q, self.k, self.v, attn_mask=mask, is_causal=causal, scale=self.scale, **extra)
 
 
+def _computed(given: CallArguments) -> Tensor:
+    output = given.compute()
+    return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_()
+
+
 def with_four_axes(
     given: CallArguments, batch: int | None, heads_first: bool = False
 ) -> tuple[CallArguments, Callable[[Tensor], Tensor]]:
@@ -166,6 +171,7 @@ def intercept_attention(
     model: nn.Module,
     handle: Callable[[CallArguments], Tensor],
     trace: ModuleTrace | None = None,
+    again: Callable[[CallArguments], Tensor] | None = None,
 ) -> Iterator[None]:
     """Lead every attention call of `model` through `handle`, which returns the call's output.
 
@@ -173,9 +179,11 @@ def intercept_attention(
         model: The module whose paths name the calls.
         handle: Called once per attention call with its `CallArguments`.
         trace: Follows what runs; made here when not given.
+        again: Computes a call anew for a checkpointed layer in the backward pass, saving for the graph as many
+            tensors as `handle` did; the fused kernel when None.
     """
     trace = ModuleTrace() if trace is None else trace
-    interceptor = _Interceptor(handle, trace, threading.get_ident())
+    interceptor = _Interceptor(handle, trace, threading.get_ident(), again or _computed)
     with ExitStack() as stack:
         stack.enter_context(attention_through_sdpa(model))
         stack.enter_context(replaced(F, "scaled_dot_product_attention", interceptor))
@@ -207,10 +215,17 @@ _MULTI_HEAD_SIGNATURE = inspect.signature(_MULTI_HEAD)
 class _Interceptor:
     """Stands in for `scaled_dot_product_attention` while a block is open."""
 
-    def __init__(self, handle: Callable[[CallArguments], Tensor], trace: ModuleTrace, thread: int) -> None:
+    def __init__(
+        self,
+        handle: Callable[[CallArguments], Tensor],
+        trace: ModuleTrace,
+        thread: int,
+        again: Callable[[CallArguments], Tensor],
+    ) -> None:
         self.handle, self.trace, self.thread = handle, trace, thread
         self.inside = False
         self.last: CallArguments | None = None
+        self.again = again
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         recomputing = in_backward()
@@ -219,8 +234,8 @@ class _Interceptor:
         self.last = self._bound(*args, **kwargs)
         if recomputing:
             # A checkpointed layer recomputes: same kernel, same graph, nothing recorded twice.
-            output = self.last.compute()
-            return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_()
+            with self._unwatched():
+                return self.again(self.last)
         with self._unwatched():
             return self.handle(self.last)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from gmar_lightning.explain.errors import NoPictureError, UnsupportedModelError
 from gmar_lightning.explain.explained import Explained, check_images_apart, explained
 from gmar_lightning.explain.folding import check_over_tokens, fold_numbers, folded, is_plain
 from gmar_lightning.explain.inputs import Goal, batch_size, forward, image_key, padding_of
+from gmar_lightning.explain.kernel import NO_GRADS, Needs, Ticket
 from gmar_lightning.explain.mixing import check_apart
 from gmar_lightning.explain.readout import check_rows_apart, readout, without_masked
 from gmar_lightning.explain.refusals import check_plain_attention, check_reached, check_visible
@@ -64,7 +66,7 @@ class Measured:
 
 def measure(classifier: nn.Module, inputs: dict[str, Any], goal: Goal, form: Form) -> Measured | None:
     """Forward and backward; None when the batch is as long as the token axis and the two look alike."""
-    with recording(classifier) as found:
+    with recording(classifier, open_backward=True, peaks=form.signals) as found:
         batch = found.batch = batch_size(inputs)
         output, image = _forward(classifier, inputs, found)
         seen = explained(output, goal, batch)
@@ -78,21 +80,45 @@ def measure(classifier: nn.Module, inputs: dict[str, Any], goal: Goal, form: For
         if batch == found.calls[0].k.shape[-2] > 1 and not found.folded:
             return None
         picture, scope = _picture(classifier, inputs, found, seen, image)
-        edges: Any = [call.edge for call in found.calls]
-        grads = _grads(found, seen.score, edges, scope)
-        if picture is not None and not found.calls[-1].is_pool:
-            try:
-                check_rows_apart(*_last_depth(found.calls, grads), picture.start)
-            except UnsupportedModelError as error:
-                if scope == "whole":
-                    raise
-                picture, scope = None, f"none: {error}"
-    if picture is not None and scope == "whole":
-        if not found.calls[-1].is_pool:
-            start = without_masked(picture.start, _last_depth(found.calls, grads)[1])
-            picture = replace(picture, start=start)
-        check_apart(classifier, inputs, found, picture.start, picture.padding, goal)
+        if picture is not None and scope == "whole" and _passes_in_order(found):
+            sweep = Sweep(found.calls, picture.start, form, picture.layout, picture.padding)
+            _backward(found, sweep, seen.score)
+            numbers = [sweep.layers[index] for index in range(len(found.calls))]
+            picture = replace(picture, start=sweep.readout)
+            measured = _measured(found, numbers, sweep, picture, seen, scope)
+        else:
+            measured = _measured_at_the_end(found, picture, seen, form, scope, batch)
+    if measured.picture is not None and scope == "whole":
+        check_apart(classifier, inputs, found, measured.picture.start, measured.picture.padding, goal)
+    return measured
+
+
+def _measured_at_the_end(
+    found: Recording, picture: Picture | None, seen: Explained, form: Form, scope: str, batch: int
+) -> Measured:
+    """Take the gradients of all layers first, and visit the layers then."""
+    grads = _grads(found, seen.score, [call.edge for call in found.calls], scope)
+    if picture is not None and not found.calls[-1].is_pool:
+        last = _last_depth(found.calls, grads)
+        try:
+            check_rows_apart(*last, picture.start)
+        except UnsupportedModelError as error:
+            if scope == "whole":
+                raise
+            picture, scope = None, f"none: {error}"
+        if picture is not None and scope == "whole":
+            picture = replace(picture, start=without_masked(picture.start, last[1]))
     return _numbers(found, grads, picture, seen, form, scope, batch)
+
+
+def _passes_in_order(found: Recording) -> bool:
+    """Whether the backward passes every layer but the first ones in the open, and one layer before all others."""
+    first, last = found.calls[0].depth, found.calls[-1].depth
+    opened = [ticket.visit is not None for ticket in found.tickets]
+    before = [call.depth for call in found.calls[:-1]]
+    return last not in before and all(
+        is_open or call.depth == first for call, is_open in zip(found.calls, opened, strict=True)
+    )
 
 
 def _picture(
@@ -134,10 +160,7 @@ def _stage_picture(
 
 def _grads(found: Recording, score: Tensor, edges: Any, scope: str) -> list[Tensor]:
     """`dy/dO` of every layer, arranged like its output; zero where the number does not depend on it."""
-    if not score.requires_grad:
-        raise UnsupportedModelError(
-            "the explained number carries no gradient: the forward detaches its output."
-        )
+    _check_attached(score)
     grads = torch.autograd.grad(score.sum(), edges, allow_unused=True)
     if scope == "whole":
         check_reached(found.calls, grads)
@@ -169,8 +192,20 @@ def _numbers(
             sweep.take(index - first, grads.pop())
             numbers.insert(0, sweep.layers[index - first])
         else:
-            layer = visit(calls[index], grads.pop(), {}, {}, alone, _NO_LAYOUT, None)
+            layer = visit(calls[index], grads.pop(), alone, _NO_LAYOUT)
             numbers.insert(0, fold_numbers(layer, batch, form.norm))
+    return _measured(found, numbers, sweep, picture, seen, scope)
+
+
+def _measured(
+    found: Recording,
+    numbers: list[LayerNumbers],
+    sweep: Sweep | None,
+    picture: Picture | None,
+    seen: Explained,
+    scope: str,
+) -> Measured:
+    calls = found.calls
     kept = Explained(seen.score.detach(), None if seen.logits is None else seen.logits.detach(), seen.targets)
     return Measured(tuple(_named(call, calls) for call in calls), numbers, sweep, picture, kept, scope)
 
@@ -196,6 +231,49 @@ def _forward(classifier: nn.Module, inputs: dict[str, Any], found: Recording) ->
     image = inputs[key].detach().requires_grad_().clone()
     found.image = image.grad_fn
     return forward(classifier, {**inputs, key: image}), image
+
+
+def _check_attached(score: Tensor) -> None:
+    if not score.requires_grad:
+        raise UnsupportedModelError(
+            "the explained number carries no gradient: the forward detaches its output."
+        )
+
+
+def _backward(found: Recording, sweep: Sweep, score: Tensor) -> None:
+    """From the score to the first attention layer, and no further; every layer is taken in as it is passed."""
+    _check_attached(score)
+    calls, tickets, start = found.calls, found.tickets, sweep.readout
+    for index, ticket in enumerate(tickets):
+        ticket.visited = False
+        if ticket.visit is not None:
+            ticket.visit = functools.partial(_visit, sweep, index)
+    last, first = calls[-1].depth, calls[0].depth
+    # Asked for is the gradient where the backward starts and where it ends; what lies between is only passed.
+    asked = [
+        i
+        for i, (call, ticket) in enumerate(zip(calls, tickets, strict=True))
+        if call.depth in (first, last) or ticket.visit is None
+    ]
+    edges: Any = [calls[index].edge for index in asked]
+    grads = dict(zip(asked, torch.autograd.grad(score.sum(), edges, allow_unused=True), strict=True))
+    passed = [score if ticket.visited else grads.get(index) for index, ticket in enumerate(tickets)]
+    check_reached(calls, passed)
+    for index in reversed(asked):
+        grad = grads.pop(index)
+        if calls[index].depth == last and not calls[-1].is_pool and grad is not None:
+            check_rows_apart([calls[index]], [grad], start)
+        if not tickets[index].visited and grad is not None:
+            _visit(sweep, index, tickets[index], grad, NO_GRADS)
+
+
+def _visit(
+    sweep: Sweep, index: int, ticket: Ticket, output_grad: Tensor, needs: Needs
+) -> tuple[Tensor | None, ...]:
+    kept, ticket.kept = ticket.kept, None  # freed as soon as it is reduced
+    if index == len(sweep.calls) - 1 and not sweep.calls[index].is_pool:
+        sweep.start_at(without_masked(sweep.readout, [output_grad]))
+    return sweep.take(index, output_grad, kept, ticket.peak, needs)
 
 
 def _last_depth(calls: list[AttentionCall], grads: list[Tensor]) -> tuple[list[AttentionCall], list[Tensor]]:

@@ -12,6 +12,8 @@ from gmar_lightning.explain.attention import AttentionCall
 from gmar_lightning.explain.blocks import blocks
 
 Rollout = Literal["gradient", "paper", "flow", "rollout", "last_layer"]
+# A call, its head weights (batch, heads), and its map where it was kept.
+PaperStep = tuple[AttentionCall, Tensor, Tensor | None]
 
 
 def forms_of(rollout: Rollout | Sequence[Rollout]) -> tuple[Rollout, ...]:
@@ -77,9 +79,7 @@ class BackwardRows:
         return self.rows
 
 
-def paper_row(
-    start: Tensor, depths: Sequence[Sequence[tuple[AttentionCall, Tensor]]], residual: float
-) -> Tensor:
+def paper_row(start: Tensor, depths: Sequence[Sequence[PaperStep]], residual: float) -> Tensor:
     """The form of arXiv 2504.19414 read literally: first layer to last, `r <- r A + residual e`.
 
     It runs against the backward pass, and every layer's head weights are needed before its row is: where the
@@ -88,7 +88,7 @@ def paper_row(
 
     Args:
         start: The readout row `e`, `(batch, tokens)`.
-        depths: For each depth, first to last, its calls with their head weights `(batch, heads)`.
+        depths: For each depth, first to last, its calls with their head weights `(batch, heads)` and kept maps.
         residual: Weight of the residual path.
 
     Returns:
@@ -96,16 +96,17 @@ def paper_row(
     """
     row = start
     for depth in depths:
-        pulled = [pull(row, call, weights) for call, weights in depth]
+        pulled = [pull(row, call, weights, kept) for call, weights, kept in depth]
         row = torch.stack(pulled).mean(0) + residual * start
     return row
 
 
-def pull(row: Tensor, call: AttentionCall, weights: Tensor) -> Tensor:
+def pull(row: Tensor, call: AttentionCall, weights: Tensor, kept: Tensor | None = None) -> Tensor:
     """`sum_h weights_h * row @ A_h`, `(batch, keys)`, for a row `(batch, queries)`."""
     pulled = row.new_zeros(row.shape[0], call.k.shape[-2])
     for block in blocks(call):
-        attention = block.attention(call, None)
+        part = block.images, block.heads, block.rows
+        attention = block.attention(call, None) if kept is None else kept[part]
         share = weights[block.images, block.heads, None] * row[block.images, None, block.rows]
         pulled[block.images] += (share.flatten(1)[:, None] @ attention.flatten(1, 2))[:, 0]
     return pulled

@@ -34,10 +34,32 @@ SIGNALS = {
 }
 
 
+class DistanceTable:
+    """Distances in patches from some queries to every key, made once for all layers that ask for the same rows."""
+
+    def __init__(self, layout: TokenLayout) -> None:
+        self.layout = layout
+        self._made: tuple[slice, Tensor] | None = None
+
+    def rows(self, rows: slice, like: Tensor) -> Tensor:
+        """`(rows * keys, 2)`: distance from query to key, and whether both are patches."""
+        if self._made is None or self._made[0] != rows:
+            assert self.layout.grid is not None
+            self._made = rows, patch_distances(self.layout.grid, self.layout.prefix, rows, like)
+        return self._made[1]
+
+
 class MapSignals:
     """Sums over the blocks of one layer's map, for the signals that need the map itself."""
 
-    def __init__(self, call: AttentionCall, layout: TokenLayout, keys: Tensor | None) -> None:
+    def __init__(
+        self,
+        call: AttentionCall,
+        layout: TokenLayout,
+        keys: Tensor | None,
+        peak: Tensor | None,
+        far: DistanceTable,
+    ) -> None:
         batch, heads, queries, _ = call.q.shape
         dtype = torch.promote_types(call.q.dtype, torch.float32)
         self.layout, self.queries = layout, queries
@@ -47,29 +69,25 @@ class MapSignals:
         self.share = asked / asked.sum(-1, keepdim=True)
         self.entropy = self.real.new_zeros(batch, heads)
         self.reach, self.mass = torch.zeros_like(self.entropy), torch.zeros_like(self.entropy)
-        self.peak = torch.full_like(self.entropy, -torch.inf)
-        self._far: tuple[slice, Tensor] | None = None
+        self.peak = torch.full_like(self.entropy, -torch.inf) if peak is None else peak
+        self._peak_known, self._far = peak is not None, far
 
     def add(self, block: Block, scores: Tensor | None, attention: Tensor) -> None:
-        """Take in one block, its pre-softmax scores (None where the model computes them by hand) and its map."""
+        """Take in one block: its map, and its scores, None where the map was kept or computed by hand."""
         part = block.images, block.heads
         share = self.share[block.images, None, block.rows]
-        peak = attention.new_tensor(torch.nan) if scores is None else scores.amax((-2, -1))
-        self.peak[part] = torch.maximum(self.peak[part], peak)
-        self.entropy[part] += (torch.special.entr(attention).sum(-1) * share).sum(-1)
+        if not self._peak_known:
+            peak = attention.new_tensor(torch.nan) if scores is None else scores.amax((-2, -1))
+            self.peak[part] = torch.maximum(self.peak[part], peak)
+        # torch.special.entr is not vectorised on a CPU: seven times the time of this logarithm. 0 log 0 is 0.
+        surprise = attention.clamp_min(torch.finfo(attention.dtype).tiny).log_().mul_(attention)
+        self.entropy[part] -= (surprise.sum(-1) * share).sum(-1)
         if self.layout.grid is not None and self.queries > 1:
-            far = self._distances(block.rows, attention)
+            far = self._far.rows(block.rows, attention)
             # Both sums are products of the flattened map with a fixed column: the map is read once.
             sums = attention.flatten(-2) @ far
             self.reach[part] += sums[..., 0]
             self.mass[part] += sums[..., 1]
-
-    def _distances(self, rows: slice, like: Tensor) -> Tensor:
-        """`(rows * keys, 2)`: distance in patches from query to key, and whether both are patches."""
-        if self._far is None or self._far[0] != rows:
-            assert self.layout.grid is not None
-            self._far = rows, patch_distances(self.layout.grid, self.layout.prefix, rows, like)
-        return self._far[1]
 
     def results(self, call: AttentionCall, output_grad: Tensor, mean_row: Tensor) -> dict[str, Tensor]:
         """All signals of the layer, `(batch, heads)` each.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gmar_lightning.explain.attention import AttentionCall
-from gmar_lightning.explain.blocks import Block, blocks
+from gmar_lightning.explain.blocks import Block
 from gmar_lightning.explain.importance import (
     Norm,
     absolute_sum,
@@ -19,8 +19,9 @@ from gmar_lightning.explain.importance import (
     head_contribution,
     head_weights,
 )
-from gmar_lightning.explain.rollout import BackwardRows, Rollout, paper_row
-from gmar_lightning.explain.signals import MapSignals
+from gmar_lightning.explain.kernel import NO_GRADS, Needs, span_of, visit_blocks
+from gmar_lightning.explain.rollout import BackwardRows, PaperStep, Rollout, paper_row
+from gmar_lightning.explain.signals import DistanceTable, MapSignals
 from gmar_lightning.explain.tokens import TokenLayout
 
 HeadMaps = Literal["plain"] | bool
@@ -83,26 +84,57 @@ class Sweep:
         self.readout = readout.to(torch.promote_types(calls[-1].q.dtype, torch.float32))
         self.layers: dict[int, LayerNumbers] = {}
         self.head_maps: dict[int, Tensor] = {}
+        self._kept: dict[int, Tensor] = {}
+        self._far = DistanceTable(layout)
         self._started = not calls[-1].is_pool
-        self._start: dict[str, Tensor] = dict.fromkeys(form.rollouts, self.readout)
-        self._rows = BackwardRows(form.rollouts, self._start, form.residual)
+        self.start_at(self.readout)
 
-    def take(self, index: int, output_grad: Tensor) -> None:
-        """Visit the layer at `index`, given `dy/dO`; layers come in backward order."""
+    def start_at(self, readout: Tensor) -> None:
+        """Start from another readout row; before any layer was taken."""
+        self.readout = readout
+        self._start: dict[str, Tensor] = dict.fromkeys(self.form.rollouts, readout)
+        self._rows = BackwardRows(self.form.rollouts, self._start, self.form.residual)
+
+    def take(
+        self,
+        index: int,
+        output_grad: Tensor,
+        kept: Tensor | None = None,
+        peak: Tensor | None = None,
+        needs: Needs = NO_GRADS,
+    ) -> tuple[Tensor | None, ...]:
+        """Visit the layer at `index`, given `dy/dO`; layers come in backward order.
+
+        Args:
+            index: Which of the calls.
+            output_grad: `dy/dO`, `(batch, heads, queries, value_dim)`.
+            kept: The map, where the forward kept it.
+            peak: Largest pre-softmax logit, `(batch, heads)`, where the map was kept.
+            needs: Which gradients at q, k, v and the mask autograd wants.
+
+        Returns:
+            Those gradients.
+        """
         call = self.calls[index]
         rows = self._rows.at(call.depth) if self._started else {"start": self.readout}
         gated = {"gradient": rows.pop("gradient")} if "gradient" in rows else {}
         if self.form.head_maps:
             (rows if self.form.head_maps == "plain" else gated)["head map"] = self._head_row()
-        numbers = visit(call, output_grad, rows, gated, self.form, self.layout, self.padding)
-        self.layers[index] = numbers
+        sums = LayerSums(call, rows, gated, self.form, self._far, self.padding, peak)
+        # Past the last attention only the rows that are read have a gradient: for a class token, one of them.
+        span = span_of(output_grad) if call.depth == self.calls[-1].depth else slice(None)
+        grads = visit_blocks(call, output_grad, kept, sums, needs, span)
+        numbers = self.layers[index] = sums.results(call, output_grad)
+        if kept is not None and "paper" in self.form.rollouts:
+            self._kept[index] = kept
         pulled = dict(numbers.pulled)
         if self.form.head_maps:
             self.head_maps[index] = pulled.pop("head map")
         if not self._started:
             self._start_from_pool(numbers, pulled["start"])
-            return
+            return grads
         self._rows.take({form: _weighted(self._weights(form, numbers), row) for form, row in pulled.items()})
+        return grads
 
     def maps(self) -> dict[str, Tensor]:
         """The final row of every form, `(batch, tokens)`, once every layer was taken."""
@@ -121,11 +153,13 @@ class Sweep:
     def _head_row(self) -> Tensor:
         return self._start.get("head map", self.readout)
 
-    def _depths(self) -> list[list[tuple[AttentionCall, Tensor]]]:
-        depths: dict[int, list[tuple[AttentionCall, Tensor]]] = {}
+    def _depths(self) -> list[list[PaperStep]]:
+        depths: dict[int, list[PaperStep]] = {}
         for index, call in enumerate(self.calls):
             if not call.is_pool:
-                depths.setdefault(call.depth, []).append((call, self.layers[index].weights))
+                depths.setdefault(call.depth, []).append(
+                    (call, self.layers[index].weights, self._kept.get(index))
+                )
         return list(depths.values())
 
     @staticmethod
@@ -133,36 +167,17 @@ class Sweep:
         return equal_weights(numbers.importance) if form == "rollout" else numbers.weights
 
 
-def visit(
-    call: AttentionCall,
-    output_grad: Tensor,
-    plain: Mapping[str, Tensor],
-    gated: Mapping[str, Tensor],
-    form: Form,
-    layout: TokenLayout,
-    padding: Tensor | None,
-) -> LayerNumbers:
-    """Compute each block of `A` and of `dy/dA = (dy/dO) V^T` once, and read everything off it.
+def visit(call: AttentionCall, output_grad: Tensor, form: Form, layout: TokenLayout) -> LayerNumbers:
+    """The numbers of a layer that belongs to no rollout.
 
     Args:
         call: The layer.
         output_grad: `dy/dO`, `(batch, heads, queries, value_dim)`.
-        plain: Rows `(batch, queries)` to pull through `A`.
-        gated: Rows to pull through `(A * dy/dA)^+`.
         form: What is asked for.
         layout: Where the patches are.
-        padding: Optional `(batch, keys)`, 0 at padding.
     """
-    sums = LayerSums(call, plain, gated, form, layout, padding)
-    groups = call.q.shape[1] // call.v.shape[1]
-    for block in blocks(call):
-        by_hand = call.weights is not None
-        scores = block.scores(call) if sums.needs_map and not by_hand else None
-        map_grad = None
-        if sums.needs_grad:
-            map_grad = block.of_queries(output_grad) @ block.of_keys(call.v, groups).mT
-        attention = block.attention(call, scores) if sums.needs_map else None
-        sums.add(block, scores, attention, map_grad)
+    sums = LayerSums(call, {}, {}, form, DistanceTable(layout), None)
+    visit_blocks(call, output_grad, None, sums, NO_GRADS)
     return sums.results(call, output_grad)
 
 
@@ -175,13 +190,14 @@ class LayerSums:
         plain: Mapping[str, Tensor],
         gated: Mapping[str, Tensor],
         form: Form,
-        layout: TokenLayout,
+        far: DistanceTable,
         padding: Tensor | None,
+        peak: Tensor | None = None,
     ) -> None:
         batch, heads, _, _ = call.q.shape
         dtype = torch.promote_types(call.q.dtype, torch.float32)
         self.norm, self.padding = form.norm, padding
-        self.signals = MapSignals(call, layout, padding) if form.signals else None
+        self.signals = MapSignals(call, far.layout, padding, peak, far) if form.signals else None
         if self.signals is not None:
             plain = {**plain, "mean": self.signals.share}
         self.importance = call.q.new_zeros(batch, heads, dtype=dtype)
@@ -191,20 +207,19 @@ class LayerSums:
         self.needs_map = bool(plain or gated)
         self.needs_grad = form.norm != "l2" or bool(gated)
 
-    def add(
-        self, block: Block, scores: Tensor | None, attention: Tensor | None, map_grad: Tensor | None
-    ) -> None:
-        """Take in one block: its pre-softmax scores, its map and the gradient at the map."""
-        if map_grad is not None and self.norm != "l2":
-            self.importance[block.images, block.heads] += absolute_sum(block, map_grad, self.padding)
-        if attention is None:
-            return
+    def saw_map(self, block: Block, scores: Tensor | None, attention: Tensor) -> None:
+        """Take in a block of the map and its pre-softmax scores."""
         if self.plain is not None:
             self.plain.add(block, attention)
-        if self.gated is not None and map_grad is not None:
-            self.gated.add(block, (attention * map_grad).clamp_min_(0))
         if self.signals is not None:
             self.signals.add(block, scores, attention)
+
+    def saw_gradient(self, block: Block, attention: Tensor | None, grad: Tensor) -> None:
+        """Take in a block of the gradient at the map, and of the map."""
+        if self.norm != "l2":
+            self.importance[block.images, block.heads] += absolute_sum(block, grad, self.padding)
+        if self.gated is not None and attention is not None:
+            self.gated.add(block, (attention * grad).clamp_min_(0))
 
     def results(self, call: AttentionCall, output_grad: Tensor) -> LayerNumbers:
         """The layer's numbers, once every block was taken in."""
