@@ -68,7 +68,7 @@ class GMARCallback(Callback):
         module: Dotted path of the classifier inside the LightningModule; None calls its forward.
         target: The explained class: "predicted", "label", or a class index.
         norm: "l1", "l2" or "uniform", see `gmar`.
-        rollout: "paper", "flow", "gradient" or "last_layer", see `gmar`.
+        rollout: "gradient", "paper", "flow", "rollout" or "last_layer", see `gmar`.
         residual: Weight of the residual path, 1 when None.
         micro_batch_size: Images per forward; None takes the whole probe at once.
         detector: The collapse detector; None switches it off.
@@ -100,7 +100,7 @@ class GMARCallback(Callback):
         module: str | None = None,
         target: Literal["predicted", "label"] | int = "predicted",
         norm: Norm = "l1",
-        rollout: Rollout = "paper",
+        rollout: Rollout = "gradient",
         residual: float | None = None,
         micro_batch_size: int | None = None,
         detector: CollapseDetector | Literal["default"] | None = "default",

@@ -14,15 +14,19 @@ from tests.helpers.reference import reference, relative_error
 SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": CLASSES, "img_size": 32, "patch_size": 8}
 
 
-def assert_exact(model, images, rollouts=("paper", "flow", "gradient"), **how):
+def assert_exact(model, images, rollouts=("gradient", "paper", "flow", "rollout"), **how):
     how = {"grid": (4, 4), **how}
     jitter(model)
+    found = gmar(model, images, rollout=rollouts, head_maps=True)
     for rollout in rollouts:
-        found = gmar(model, images, rollout=rollout)
         expected = reference(model, images, rollout=rollout, **how)
-        assert found.heatmaps.shape == expected.heatmaps.shape
-        assert relative_error(found.heatmaps, expected.heatmaps) < 1e-5
-        assert relative_error(found.importance, torch.stack(expected.importance, 1)) < 1e-5
+        assert found.maps[rollout].shape == expected.heatmaps.shape
+        assert relative_error(found.maps[rollout], expected.heatmaps) < 1e-5
+    assert relative_error(found.importance, torch.stack(expected.importance, 1)) < 1e-5
+    assert relative_error(found.contribution, torch.stack(expected.contribution, 1)) < 1e-5
+    heads, prefix = torch.stack(expected.head_maps, 1), how.get("prefix", 1)
+    patches = heads[..., prefix : prefix + how["grid"][0] * how["grid"][1]]
+    assert relative_error(found.head_maps.flatten(-2), patches) < 1e-5
 
 
 def jitter(model):
@@ -184,12 +188,9 @@ def test_timm_padded_to_whole_patches():
 def test_torchvision_and_its_zero_head():
     model = seeded(torchvision.models.VisionTransformer, 32, 8, 3, 3, 48, 96, num_classes=CLASSES)
     assert (model.heads.head.weight == 0).all()
-    found = gmar(model, pictures())
+    found, expected = gmar(model, pictures(), rollout="flow"), reference(model, pictures(), rollout="rollout")
     assert (found.importance == 0).all()
-    assert (
-        relative_error(found.heatmaps, reference(model, pictures(), norm="uniform", grid=(4, 4)).heatmaps)
-        < 1e-5
-    )
+    assert relative_error(found.heatmaps.flatten(1), expected.row[:, 1:]) < 1e-5
     assert_exact(model, pictures())
     assert found.layers[0] == "encoder.layers.encoder_layer_0.self_attention"
 

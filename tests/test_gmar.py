@@ -13,7 +13,7 @@ from tests.helpers.networks import Attention, ViT, pictures, seeded
 from tests.helpers.reference import reference, relative_error
 
 NORMS = ("l1", "l2", "uniform")
-ROLLOUTS = ("paper", "flow", "gradient", "last_layer")
+ROLLOUTS = ("gradient", "paper", "flow", "rollout", "last_layer")
 
 
 class ByHand(nn.Module):
@@ -131,6 +131,33 @@ def test_equals_the_reference_in_both_precisions(norm, rollout):
         assert relative_error(found.importance, torch.stack(expected.importance, 1)) < tolerance
 
 
+def pooled(model, images):
+    return model.head(model.features(images)[:, 1:].mean(1))
+
+
+@pytest.mark.parametrize("read", ["class", "mean"])
+def test_all_forms_head_maps_and_contribution_in_one_pass(read):
+    class Mean(ViT):
+        forward = pooled
+
+    model = seeded(Mean if read == "mean" else ViT)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        model, images, targets = model.to(dtype), pictures(3).to(dtype), torch.tensor([0, 3, 1])
+        found = gmar(model, images, targets, rollout=ROLLOUTS, residual=0.7, head_maps=True, signals=True)
+        plain = gmar(model, images, targets, rollout=ROLLOUTS[::-1], residual=0.7, head_maps="plain")
+        assert found.heatmaps is found.maps["gradient"]
+        assert plain.heatmaps is plain.maps["last_layer"]
+        for form in ROLLOUTS:
+            expected = reference(model, images, targets, rollout=form, residual=0.7, read=read, grid=(4, 4))
+            assert relative_error(found.maps[form], expected.heatmaps) < tolerance
+            assert relative_error(plain.maps[form], expected.heatmaps) < tolerance
+        for one, rows in ((found, expected.head_maps), (plain, expected.plain_head_maps)):
+            patches = torch.stack(rows, 1)[..., 1:].unflatten(-1, (4, 4))
+            assert relative_error(one.head_maps, patches) < tolerance
+            assert relative_error(one.contribution, torch.stack(expected.contribution, 1)) < tolerance
+            assert relative_error(one.score, one.logits.gather(1, targets[:, None])[:, 0]) == 0
+
+
 def test_result_says_what_was_explained():
     model, images = seeded(ViT), pictures(2)
     found = gmar(model, images)
@@ -142,7 +169,10 @@ def test_result_says_what_was_explained():
     )
     torch.testing.assert_close(found.logits, model(images).detach())
     assert torch.equal(found.targets, found.logits.argmax(-1))
-    assert found.entropy is found.distance is found.output_norm is None
+    assert found.signals == {}
+    assert found.head_maps is None
+    assert found.heatmaps is found.maps["gradient"]
+    torch.testing.assert_close(found.score, found.logits.amax(-1))
     torch.testing.assert_close(found.head_weights.sum(-1), torch.ones(2, 3))
 
 
@@ -165,7 +195,7 @@ def test_targets_choose_the_class():
     ("argument", "message"),
     [
         ({"norm": "l3"}, "'l1', 'l2', 'uniform'"),
-        ({"rollout": "full"}, "'paper', 'flow'"),
+        ({"rollout": "full"}, "'gradient', 'paper', 'flow'"),
         ({"residual": -1.0}, "residual"),
         ({"residual": math.nan}, "residual"),
         ({"micro_batch_size": 0}, "micro_batch_size"),
@@ -188,11 +218,13 @@ def test_wrong_images_are_value_errors():
 
 def test_micro_batches_change_nothing():
     model, images = seeded(ViT), pictures(5)
-    whole = gmar(model, images, companions=True)
+    whole = gmar(model, images, signals=True)
     for size in (1, 2, 3, 7):
-        parts = gmar(model, images, micro_batch_size=size, companions=True)
-        for name in ("heatmaps", "importance", "logits", "entropy", "distance", "output_norm"):
+        parts = gmar(model, images, micro_batch_size=size, signals=True)
+        for name in ("heatmaps", "importance", "logits", "contribution", "score"):
             torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=2e-5, atol=1e-6)
+        for name, signal in whole.signals.items():
+            torch.testing.assert_close(parts.signals[name], signal, rtol=2e-5, atol=1e-6)
         assert torch.equal(parts.targets, whole.targets)
 
 
@@ -229,13 +261,13 @@ def test_ragged_heads_are_padded_with_nan():
     model = seeded(ViT)
     model.blocks[1].attn = seeded(Attention, heads=6)
     images = pictures(2)
-    found, expected = gmar(model, images, companions=True), reference(model, images, grid=(4, 4))
+    found, expected = gmar(model, images, signals=True), reference(model, images, grid=(4, 4))
     assert found.importance.shape == (2, 3, 6)
     for layer, heads in enumerate((3, 6, 3)):
         torch.testing.assert_close(
             found.importance[:, layer, :heads], expected.importance[layer], rtol=1e-5, atol=0
         )
-        for signal in (found.importance, found.head_weights, found.entropy, found.output_norm):
+        for signal in (found.importance, found.head_weights, *found.signals.values()):
             assert signal[:, layer, heads:].isnan().all()
             assert signal[:, layer, :heads].isfinite().all()
     assert relative_error(found.heatmaps, expected.heatmaps) < 1e-5
@@ -301,9 +333,10 @@ class Planted(Attention):
 @pytest.mark.parametrize("rollout", ROLLOUTS)
 def test_two_calls_agree_bit_for_bit(rollout):
     model, images = seeded(ViT), pictures(2)
-    first, second = (gmar(model, images, rollout=rollout, companions=True) for _ in range(2))
-    for name in ("heatmaps", "importance", "head_weights", "logits", "entropy", "distance", "output_norm"):
+    first, second = (gmar(model, images, rollout=rollout, signals=True) for _ in range(2))
+    for name in ("heatmaps", "importance", "head_weights", "logits", "contribution", "score"):
         assert torch.equal(getattr(first, name), getattr(second, name))
+    assert all(torch.equal(signal, second.signals[name]) for name, signal in first.signals.items())
 
 
 def test_images_are_not_written():

@@ -1,11 +1,14 @@
-"""Head importance: the closed form against the gradient of a materialised map."""
+"""Scores per head: the closed forms against the gradient of a materialised map, whatever the blocks."""
 
 import pytest
 import torch
 
-from gmar_lightning.explain import importance as module
+from gmar_lightning.explain import blocks as module
 from gmar_lightning.explain.attention import AttentionCall
-from gmar_lightning.explain.importance import head_importance, head_weights, query_chunks
+from gmar_lightning.explain.blocks import blocks
+from gmar_lightning.explain.importance import head_weights
+from gmar_lightning.explain.sweep import Form, visit
+from gmar_lightning.explain.tokens import TokenLayout
 
 
 def call_of(
@@ -18,20 +21,40 @@ def call_of(
 
     q = tensor(batch, heads, queries, dim)
     k, v = tensor(batch, key_heads, keys, dim), tensor(batch, key_heads, keys, value_dim)
-    output = tensor(batch, heads, queries, value_dim)
+    output = (q.double() @ k.double().repeat_interleave(heads // key_heads, 1).mT * 0.3).softmax(-1)
+    output = (output @ v.double().repeat_interleave(heads // key_heads, 1)).to(dtype)
     call = AttentionCall(name="", q=q, k=k, v=v, mask=None, scale=0.3, output=output, **options)
     return call, tensor(batch, heads, queries, value_dim)
 
 
-def gradient_at_the_map(call, output_grad):
-    """dy/dA by autograd for y with dy/dO = output_grad."""
+def numbers_of(call, grad, norm="l1", keys=None, plain=None, gated=None, signals=False):
+    return visit(
+        call, grad, plain or {}, gated or {}, Form(norm, signals=signals), TokenLayout(0, None), keys
+    )
+
+
+def head_importance(call, grad, norm="l1", keys=None):
+    return numbers_of(call, grad, norm, keys).importance
+
+
+def materialised(call, output_grad):
+    """A and dy/dA by autograd for y with dy/dO = output_grad."""
     groups = call.q.shape[1] // call.v.shape[1]
-    attention = torch.rand(*call.q.shape[:3], call.k.shape[2], dtype=torch.float64).requires_grad_()
+    key = call.k.double().repeat_interleave(groups, 1)
+    attention = (call.q.double() @ key.mT * call.scale).softmax(-1).requires_grad_()
     output = attention @ call.v.double().repeat_interleave(groups, 1)
-    return torch.autograd.grad((output * output_grad.double()).sum(), attention)[0]
+    (grad,) = torch.autograd.grad((output * output_grad.double()).sum(), attention)
+    return attention.detach(), grad
 
 
-@pytest.mark.parametrize("shape", [{}, {"key_heads": 2}, {"queries": 1}, {"value_dim": 11}, {"keys": 3}])
+def gradient_at_the_map(call, output_grad):
+    return materialised(call, output_grad)[1]
+
+
+SHAPES = [{}, {"key_heads": 2}, {"queries": 1}, {"value_dim": 11}, {"keys": 3}]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_closed_form(shape):
     call, grad = call_of(**shape)
     at_map = gradient_at_the_map(call, grad)
@@ -40,15 +63,45 @@ def test_closed_form(shape):
     torch.testing.assert_close(head_importance(call, grad, "l2"), at_map.square().sum((-2, -1)).sqrt())
 
 
-def test_chunks_change_nothing(monkeypatch):
-    call, grad = call_of()
-    whole = head_importance(call, grad)
-    assert len(list(query_chunks(call))) == 1
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 2 * 4 * 7 * 3)
-    assert [rows.stop - rows.start for rows in query_chunks(call)] == [3, 3, 1]
-    torch.testing.assert_close(head_importance(call, grad), whole)
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 1)
-    assert len(list(query_chunks(call))) == 7
+@pytest.mark.parametrize("shape", SHAPES)
+def test_contribution_is_the_sum_of_map_times_gradient(shape):
+    call, grad = call_of(**shape)
+    attention, at_map = materialised(call, grad)
+    found = numbers_of(call, grad).contribution
+    torch.testing.assert_close(found, (attention * at_map).sum((-2, -1)))
+    assert (found < 0).any()
+    assert (found > 0).any()
+
+
+@pytest.mark.parametrize("limit", [1, 7, 7 * 3, 49 * 2, 49 * 4, 2**20])
+@pytest.mark.parametrize("shape", [{}, {"key_heads": 2}])
+def test_blocks_change_nothing(monkeypatch, limit, shape):
+    call, grad = call_of(**shape)
+    rows = {"row": torch.rand(2, 7, dtype=torch.float64)}
+    whole = numbers_of(call, grad, plain=rows, gated={"gate": rows["row"]}, signals=True)
+    monkeypatch.setitem(module._BLOCK_ELEMENTS, "cpu", limit)
+    parts = list(blocks(call))
+    expected = {1: 56, 7: 56, 21: 24, 98: 4, 196: 2, 2**20: 1}[limit]
+    assert len(parts) == expected
+    found = numbers_of(call, grad, plain=rows, gated={"gate": rows["row"]}, signals=True)
+    torch.testing.assert_close(found.importance, whole.importance)
+    for name in whole.pulled:
+        torch.testing.assert_close(found.pulled[name], whole.pulled[name])
+    for name in whole.signals:
+        torch.testing.assert_close(found.signals[name], whole.signals[name], equal_nan=True)
+
+
+def test_rows_are_pulled_through_the_map_and_the_gated_map():
+    call, grad = call_of(key_heads=2)
+    attention, at_map = materialised(call, grad)
+    one, two = torch.rand(2, 2, 7, dtype=torch.float64)
+    found = numbers_of(call, grad, plain={"one": one, "two": two}, gated={"three": two}).pulled
+    for name, row, seen in (
+        ("one", one, attention),
+        ("two", two, attention),
+        ("three", two, (attention * at_map).clamp(min=0)),
+    ):
+        torch.testing.assert_close(found[name], torch.einsum("bi,bhij->bhj", row, seen))
 
 
 def test_padded_keys_do_not_count():

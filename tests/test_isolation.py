@@ -94,7 +94,7 @@ def test_everything_is_as_it_was(failure):
         before = snapshot(model)
         model.failure = failure
         if failure is None:
-            gmar(model, pictures(), companions=True, rollout="gradient")
+            gmar(model, pictures(), signals=True, rollout="gradient")
         else:
             with pytest.raises(type(failure), check=lambda raised: raised is failure):
                 gmar(model, pictures())
@@ -167,11 +167,11 @@ def test_nothing_stays_in_memory():
     gmar(model, images)
     gc.collect()
     before = sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
-    result = gmar(model, images, companions=True)
+    result = gmar(model, images, signals=True)
     kept = [weakref.ref(getattr(result, name)) for name in ("heatmaps", "importance", "logits")]
-    assert all(
-        getattr(result, name).grad_fn is None for name in ("heatmaps", "importance", "logits", "entropy")
-    )
+    names = ("heatmaps", "importance", "logits", "score", "contribution")
+    assert all(getattr(result, name).grad_fn is None for name in names)
+    assert all(signal.grad_fn is None for signal in result.signals.values())
     del result
     assert all(ref() is None for ref in kept)
     gc.collect()

@@ -72,7 +72,7 @@ import torch
 import gmar_lightning.explain.gmar
 from gmar_lightning import gmar
 from tests.helpers.networks import ViT, pictures, seeded
-result = gmar(seeded(ViT), pictures(), companions=True)
+result = gmar(seeded(ViT), pictures(), signals=True)
 assert result.heatmaps.shape == (2, 4, 4)
 assert not BLOCKED & {name.split(".")[0] for name in sys.modules}
 """

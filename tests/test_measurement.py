@@ -26,11 +26,10 @@ def test_measurement_is_the_mean_of_gmar(target: Any, classes: Any) -> None:
     torch.manual_seed(0)
     model = vit()
     found = measure(model, PROBE, target=target, micro_batch_size=2)
-    alone = gmar(model, PROBE.images, classes, companions=True)
+    alone = gmar(model, PROBE.images, classes, signals=True)
     np.testing.assert_allclose(found.importance, alone.importance.mean(0), rtol=1e-5)
     np.testing.assert_allclose(found.heatmaps, alone.heatmaps, atol=1e-6)
-    assert alone.entropy is not None
-    np.testing.assert_allclose(found.entropy, alone.entropy.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found.entropy, alone.signals["entropy"].mean(0), rtol=1e-5)
     assert found.targets.tolist() == alone.targets.tolist()
     np.testing.assert_allclose(found.probabilities.sum(-1), 1, rtol=1e-6)
 

@@ -1,75 +1,99 @@
-"""The rollout as a row vector against full matrix products."""
+"""The rollout as a row vector against full matrix products, all forms in one sweep."""
 
 import pytest
 import torch
 
-from gmar_lightning.explain import importance as chunks
+from gmar_lightning.explain import blocks as module
 from gmar_lightning.explain.attention import AttentionCall
-from gmar_lightning.explain.rollout import pull, roll_out, to_grid
+from gmar_lightning.explain.rollout import forms_of, pull, to_grid
+from gmar_lightning.explain.sweep import Form, Sweep
+from gmar_lightning.explain.tokens import TokenLayout
 from tests.helpers.reference import full_rollout
 
+FORMS = ("gradient", "paper", "flow", "rollout", "last_layer")
 
-def steps(depth=4, batch=2, heads=3, tokens=6, dim=5):
+
+def calls_of(depths=(0, 1, 2, 3), batch=2, heads=3, tokens=6, dim=5):
     generator = torch.Generator().manual_seed(1)
 
     def tensor(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    found = []
-    for _ in range(depth):
+    calls, grads = [], []
+    for depth in depths:
         q, k, v, output, grad = (tensor(batch, heads, tokens, dim) for _ in range(5))
-        call = AttentionCall(name="", q=q, k=k, v=v, mask=None, scale=0.4, output=output)
-        found.append((call, tensor(batch, heads).softmax(-1), grad))
-    return found
+        calls.append(AttentionCall(name="", q=q, k=k, v=v, mask=None, scale=0.4, output=output, depth=depth))
+        grads.append(grad)
+    return calls, grads
 
 
-def weighted_maps(found, gated=False):
+def rows_of(calls, grads, start, forms, residual=1.0):
+    sweep = Sweep(calls, start, Form("l1", forms, residual), TokenLayout(0, None), None)
+    for index in reversed(range(len(calls))):
+        sweep.take(index, grads[index])
+    return sweep.maps()
+
+
+def weighted_maps(calls, grads, form):
     maps = []
-    for call, weights, grad in found:
+    for call, grad in zip(calls, grads, strict=True):
         attention = (call.q @ call.k.mT * call.scale).softmax(-1)
-        attention = (attention * (grad @ call.v.mT)).clamp(min=0) if gated else attention
+        at_map = grad @ call.v.mT
+        weights = at_map.abs().sum((-2, -1))
+        weights = torch.ones_like(weights) if form == "rollout" else weights
+        weights = weights / weights.sum(-1, keepdim=True)
+        attention = (attention * at_map).clamp(min=0) if form == "gradient" else attention
         maps.append((weights[:, :, None, None] * attention).sum(1))
     return maps
 
 
 @pytest.mark.parametrize("residual", [0.0, 0.5, 1.0, 3.0])
-@pytest.mark.parametrize("form", ["paper", "flow", "gradient", "last_layer"])
-def test_equals_the_full_product(form, residual):
-    found = steps()
+def test_every_form_equals_the_full_product(residual):
+    calls, grads = calls_of()
     start = torch.rand(2, 6, dtype=torch.float64).softmax(-1)
-    product = full_rollout(weighted_maps(found, form == "gradient"), form, residual)
-    row = roll_out(start, [[step] for step in found], form, residual)
-    torch.testing.assert_close(row, (start[:, None] @ product)[:, 0])
-    assert (row >= 0).all()
+    together = rows_of(calls, grads, start, FORMS, residual)
+    assert tuple(together) == FORMS
+    for form in FORMS:
+        product = full_rollout(weighted_maps(calls, grads, form), form, residual)
+        expected = (start[:, None] @ product)[:, 0]
+        torch.testing.assert_close(together[form], expected)
+        torch.testing.assert_close(rows_of(calls, grads, start, (form,), residual)[form], expected)
+        assert (together[form] >= 0).all()
 
 
-def test_calls_of_one_depth_are_averaged():
-    found = steps()
+@pytest.mark.parametrize("form", FORMS)
+def test_calls_of_one_depth_are_averaged(form):
+    calls, grads = calls_of(depths=(0, 0, 1, 1))
     start = torch.eye(6, dtype=torch.float64)[:1].expand(2, -1)
-    maps = weighted_maps(found)
-    expected = full_rollout([(maps[0] + maps[1]) / 2, (maps[2] + maps[3]) / 2], "flow", 1.0)
-    row = roll_out(start, [found[:2], found[2:]], "flow", 1.0)
+    maps = weighted_maps(calls, grads, form)
+    expected = full_rollout([(maps[0] + maps[1]) / 2, (maps[2] + maps[3]) / 2], form, 1.0)
+    row = rows_of(calls, grads, start, FORMS)[form]
     torch.testing.assert_close(row, (start[:, None] @ expected)[:, 0])
 
 
-def test_flow_is_a_distribution():
+@pytest.mark.parametrize("form", ["flow", "rollout"])
+def test_flow_is_a_distribution(form):
     start = torch.eye(6, dtype=torch.float64)[:1].expand(2, -1)
-    row = roll_out(start, [[step] for step in steps()], "flow", 0.3)
+    row = rows_of(*calls_of(), start, (form,), 0.3)[form]
     torch.testing.assert_close(row.sum(-1), torch.ones(2, dtype=torch.float64))
 
 
-def test_chunks_change_nothing(monkeypatch):
-    (call, weights, grad), row = steps(1)[0], torch.rand(2, 6, dtype=torch.float64)
-    whole, gated = pull(row, call, weights), pull(row, call, weights, grad)
-    monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", 2 * 3 * 6 * 4)
-    torch.testing.assert_close(pull(row, call, weights), whole)
-    torch.testing.assert_close(pull(row, call, weights, grad), gated)
+def test_blocks_change_nothing(monkeypatch):
+    (call,), _ = calls_of(depths=(0,))
+    row, weights = torch.rand(2, 6, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
+    attention = (call.q @ call.k.mT * call.scale).softmax(-1)
+    expected = torch.einsum("bi,bh,bhij->bj", row, weights, attention)
+    for limit in (1, 12, 36, 72, 2**18):
+        monkeypatch.setitem(module._BLOCK_ELEMENTS, "cpu", limit)
+        torch.testing.assert_close(pull(row, call, weights), expected)
 
 
-def test_no_layer_leaves_the_start():
-    start = torch.rand(2, 6)
-    for form in ("flow", "gradient", "paper", "last_layer"):
-        assert torch.equal(roll_out(start, [], form), start)
+def test_names_of_forms():
+    assert forms_of("flow") == ("flow",)
+    assert forms_of(["paper", "gradient", "paper"]) == ("paper", "gradient")
+    for wrong in ("full", ("gradient", "full"), ()):
+        with pytest.raises(ValueError, match="'gradient', 'paper', 'flow', 'rollout', 'last_layer'"):
+            forms_of(wrong)
 
 
 def test_grid_takes_the_patches_between_prefix_and_suffix():

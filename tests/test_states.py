@@ -211,9 +211,9 @@ def test_classifier_inside_another_module():
 def test_non_square_images():
     model = seeded(ViT, grid=(2, 6))
     images = pictures(3, 16, 48)
-    found, expected = gmar(model, images, companions=True), reference(model, images, grid=(2, 6))
+    found, expected = gmar(model, images, signals=True), reference(model, images, grid=(2, 6))
     assert relative_error(found.heatmaps, expected.heatmaps) < 1e-5
-    assert (found.distance < 5.1).all()
+    assert (found.signals["distance"] < 5.1).all()
 
 
 def test_dropout_in_the_call_is_left_out():

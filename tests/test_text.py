@@ -70,13 +70,13 @@ def test_sequence_classifiers(kind, implementation):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
     row, importance = by_definition(model, inputs, targets)
     model.set_attn_implementation(implementation)
-    found = gmar(model, inputs, targets, companions=True)
+    found = gmar(model, inputs, targets, rollout="paper", signals=True)
     assert found.heatmaps.shape == (3, TOKENS)
     assert relative_error(found.heatmaps, row) < 1e-5
     assert relative_error(found.importance, torch.stack(importance, 1)) < 1e-5
     assert (found.heatmaps[inputs["attention_mask"] == 0] == 0).all()
-    assert ((found.entropy > 0) & (found.entropy <= 1)).all()
-    assert found.distance.isnan().all()
+    assert ((found.signals["entropy"] > 0) & (found.signals["entropy"] <= 1)).all()
+    assert found.signals["distance"].isnan().all()
     assert len(found.layers) == 3
 
 

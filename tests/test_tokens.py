@@ -91,10 +91,10 @@ def test_class_token_behind_the_patches():
     rows[-1] = 1
     model, images = seeded(Suffixed), pictures()
     expected = reference(model, images, read=rows)
-    found = gmar(model, images, companions=True)
+    found = gmar(model, images, signals=True)
     assert relative_error(found.heatmaps, expected.row[:, :16].reshape(2, 4, 4)) < 1e-5
-    in_front = gmar(seeded(ViT), images, companions=True)
-    torch.testing.assert_close(found.distance, in_front.distance, rtol=1e-4, atol=1e-5)
+    in_front = gmar(seeded(ViT), images, signals=True)
+    torch.testing.assert_close(found.signals["distance"], in_front.signals["distance"], rtol=1e-4, atol=1e-5)
 
 
 def test_attention_pool():
@@ -136,10 +136,12 @@ def test_head_initialised_to_zero():
 
         model, images = seeded(Changed, way), pictures()
         nn.init.zeros_(model.head.weight)
-        found = gmar(model, images)
+        found = gmar(model, images, rollout=("flow", "gradient"))
         assert (found.importance == 0).all()
+        # Without a gradient the gated form is left with its readout row.
+        assert (found.maps["gradient"] == (0 if read == "class" else 1 / 16)).all()
         torch.testing.assert_close(found.head_weights, torch.full_like(found.head_weights, 1 / 3))
-        expected = reference(model, images, norm="uniform", read=read, grid=(4, 4))
+        expected = reference(model, images, rollout="rollout", read=read, grid=(4, 4))
         assert relative_error(found.heatmaps, expected.heatmaps) < 1e-5
 
 

@@ -170,4 +170,4 @@ def test_shortcut_shows_in_the_heatmaps_alone(tmp_path):
     assert last["sick"]["metrics"]["val/accuracy"] > 0.99
     sick, healthy = (last[name]["metrics"] for name in ("sick", "healthy"))
     assert sick["val/evidence_gmar"] > 3 * healthy["val/evidence_gmar"]
-    assert sick["val/evidence_gradient"] > 10 * healthy["val/evidence_gradient"]
+    assert sick["val/evidence_gmar"] > 10 * healthy["val/evidence_gmar"]

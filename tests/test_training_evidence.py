@@ -39,8 +39,8 @@ def test_share_of_the_heat_in_the_digits_cell(tmp_path):
         heat = gmar(trainer.lightning_module, image[None], label[None]).heatmaps[0]
         shares.append((heat * mask[::8, ::8]).sum() / heat.sum())
     assert logged["val/evidence_gmar"] == pytest.approx(torch.stack(shares).mean().item(), rel=1e-4)
-    assert {"val/evidence_rollout", "val/evidence_gradient", "val/evidence_last_layer"} <= set(logged)
-    assert logged["val/evidence_rollout"] != logged["val/evidence_gradient"]
+    assert {"val/evidence_rollout", "val/evidence_paper", "val/evidence_last_layer"} <= set(logged)
+    assert logged["val/evidence_rollout"] != logged["val/evidence_paper"]
 
 
 def test_needs_masks(tmp_path):

@@ -1,53 +1,17 @@
-"""What each head does: how strongly the explained logit depends on its map, and what the map itself says."""
+"""Scores per head: how strongly the explained number depends on a head's map, and what the head adds to it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gmar_lightning.explain.attention import AttentionCall
+from gmar_lightning.explain.blocks import Block
 from gmar_lightning.explain.intercept import at_least_float32
-from gmar_lightning.explain.tokens import TokenLayout
 
 Norm = Literal["l1", "l2", "uniform"]
-
-# Elements of one (batch, heads, chunk, keys) block: 16 MiB in float32, whatever the image size.
-_CHUNK_ELEMENTS = 2**22
-
-
-def head_importance(
-    call: AttentionCall, output_grad: Tensor, norm: Norm = "l1", keys: Tensor | None = None
-) -> Tensor:
-    """Norm of the gradient of the logit with respect to each head's attention map.
-
-    In `O = A V` the map `A` enters nowhere else, so `dy/dA = (dy/dO) V^T`: neither the map nor its gradient
-    is needed whole. L1 sums `|dO_i . v_j|` over chunks of queries; L2 is the inner product of the two Gram
-    matrices `dO^T dO` and `V^T V`, without any (queries, keys) product.
-
-    Args:
-        call: The recorded attention call.
-        output_grad: `dy/dO`, `(batch, heads, queries, value_dim)`.
-        norm: "l1" (arXiv 2504.19414, the sum of absolute gradients) or "l2" (their root of squares);
-            "uniform" weighs heads equally and still reports the L1 norm.
-        keys: Optional `(batch, keys)`, 0 where a key is padding and does not count.
-
-    Returns:
-        `(batch, heads)`, in float32 (float64 for a float64 model).
-    """
-    grad, value = at_least_float32(output_grad), call.per_head("v")
-    if keys is not None:
-        value = value * keys[:, None, :, None]
-    if norm == "l2":
-        gram = (grad.mT @ grad) * (value.mT @ value)
-        return gram.sum((-2, -1)).clamp_min(0).sqrt()
-    total = grad.new_zeros(grad.shape[:2])
-    for rows in query_chunks(call):
-        total += (grad[:, :, rows] @ value.mT).abs_().sum((-2, -1))
-    return total
 
 
 def head_weights(importance: Tensor) -> Tensor:
@@ -67,69 +31,46 @@ def head_weights(importance: Tensor) -> Tensor:
     return weights.masked_fill(importance.isnan(), torch.nan)
 
 
-def query_chunks(call: AttentionCall) -> Iterator[slice]:
-    """Slices of query rows, small enough that no block of the map outgrows a fixed size."""
-    batch, heads, queries, _ = call.q.shape
-    rows = max(1, _CHUNK_ELEMENTS // (batch * heads * call.k.shape[-2]))
-    for start in range(0, queries, rows):
-        yield slice(start, min(start + rows, queries))
+def equal_weights(importance: Tensor) -> Tensor:
+    """The same weight for every head of a layer; NaN where importance is NaN."""
+    return head_weights(torch.ones_like(importance).masked_fill(importance.isnan(), torch.nan))
 
 
-@dataclass(frozen=True)
-class Companions:
-    """Signals per head that importance is blind to, each `(batch, heads)`.
-
-    Attributes:
-        entropy: Entropy of a query's attention, mean over queries, as a share of its largest possible value:
-            1 is uniform attention, 0 is attention to one token.
-        distance: Mean distance in patches between a patch and what it attends to; NaN without a patch grid.
-        output_norm: Frobenius norm of the head's output.
-    """
-
-    entropy: Tensor
-    distance: Tensor
-    output_norm: Tensor
-
-
-def companion_signals(call: AttentionCall, layout: TokenLayout, keys: Tensor | None = None) -> Companions:
-    """Entropy, mean attention distance and output norm of one attention call.
+def absolute_sum(block: Block, map_grad: Tensor, keys: Tensor | None) -> Tensor:
+    """Sum of `|dy/dA|` over a block, `(images, heads)`: its part of the L1 importance (arXiv 2504.19414).
 
     Args:
-        call: The recorded call.
-        layout: Where the patches are.
-        keys: Optional `(batch, keys)`, 0 where a token is padding.
-
-    Returns:
-        The signals, `(batch, heads)` each.
+        block: Which part of the layer.
+        map_grad: `dy/dA`, `(images, heads, rows, keys)`.
+        keys: Optional `(batch, keys)`, 0 where a key is padding and does not count.
     """
-    batch, heads, queries, _ = call.q.shape
-    real = torch.ones(batch, call.k.shape[-2], device=call.q.device) if keys is None else keys.float()
-    asked = real if queries == real.shape[-1] else real.new_ones(batch, queries)
-    entropy = torch.zeros(batch, heads, device=call.q.device)
-    reach, mass = torch.zeros_like(entropy), torch.zeros_like(entropy)
-    for rows in query_chunks(call):
-        attention = call.attention(rows).float()
-        spread = torch.special.entr(attention).sum(-1)
-        entropy += (spread * asked[:, None, rows]).sum(-1)
-        if layout.grid is not None and queries > 1:
-            far, is_patch = _distances(layout.grid, layout.prefix, rows, call.q.device)
-            patches = slice(layout.prefix, layout.prefix + far.shape[-1])
-            on_patches = attention[..., patches] * is_patch[:, None]
-            reach += (on_patches * far).sum((-2, -1))
-            mass += on_patches.sum((-2, -1))
-    largest = real.sum(-1).clamp_min(2).log()[:, None]
-    entropy = entropy / asked.sum(-1)[:, None] / largest
-    distance = torch.where(mass > 0, reach / mass, torch.nan)
-    norm = call.output.detach().float().square().sum((-2, -1)).sqrt()
-    return Companions(entropy, distance, norm)
+    if keys is None:
+        return map_grad.abs().sum((-2, -1))
+    return (map_grad.abs().sum(-2) * keys[block.images, None].to(map_grad.dtype)).sum(-1)
 
 
-def _distances(
-    grid: tuple[int, int], prefix: int, rows: slice, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Distance in patches from each of some queries to every patch, and which of them are patches."""
-    index = torch.arange(grid[0] * grid[1], device=device)
-    places = torch.stack([index // grid[1], index % grid[1]], -1).float()
-    queries = torch.arange(rows.start, rows.stop, device=device) - prefix
-    is_patch = (queries >= 0) & (queries < len(index))
-    return torch.cdist(places[queries.clamp(0, len(index) - 1)], places), is_patch.float()
+def gram_norm(call: AttentionCall, output_grad: Tensor, keys: Tensor | None = None) -> Tensor:
+    """Root of the summed squares of `dy/dA = (dy/dO) V^T`, the L2 importance, `(batch, heads)`.
+
+    It is the inner product of the two Gram matrices `dO^T dO` and `V^T V`: no (queries, keys) product is formed.
+
+    Args:
+        call: The recorded attention call.
+        output_grad: `dy/dO`, `(batch, heads, queries, value_dim)`.
+        keys: Optional `(batch, keys)`, 0 where a key is padding and does not count.
+    """
+    grad, value = at_least_float32(output_grad), call.per_head("v")
+    if keys is not None:
+        value = value * keys[:, None, :, None]
+    gram = (grad.mT @ grad) * (value.mT @ value)
+    return gram.sum((-2, -1)).clamp_min(0).sqrt()  # rounding may leave -0.0
+
+
+def head_contribution(call: AttentionCall, output_grad: Tensor) -> Tensor:
+    """What each head adds to the explained number, to first order: `sum dO * O`, `(batch, heads)`, signed.
+
+    Equal to `sum A * dy/dA`, and to the derivative with respect to a gate on the head at its value of 1
+    (Michel et al. 2019, arXiv 1905.10650). Positive heads argue for the class, negative ones against it.
+    """
+    output = at_least_float32(call.output.detach())
+    return (at_least_float32(output_grad) * output).sum((-2, -1))

@@ -63,15 +63,22 @@ def softmax_map(
     q: Tensor, k: Tensor, mask: Tensor | None, scale: float, causal: bool, rows: slice = slice(None)
 ) -> Tensor:
     """The softmaxed attention map of some query rows, `(batch, heads, rows, keys)`, in at least float32."""
+    return masked_scores(q, k, mask, scale, causal, rows).softmax(-1)
+
+
+def masked_scores(
+    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, causal: bool, rows: slice = slice(None)
+) -> Tensor:
+    """What the softmax is taken of: `scale * q k^T`, -inf or the additive mask where masked."""
     key = at_least_float32(one_per_head(k, q.shape[1]))
     scores = (at_least_float32(q[:, :, rows]) * scale) @ key.mT
     if causal:
-        allowed = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~allowed[rows], -math.inf)
+        asked = torch.arange(q.shape[-2], device=q.device)[rows]
+        scores = scores.masked_fill(asked[:, None] < torch.arange(k.shape[-2], device=q.device), -math.inf)
     if mask is not None:
         part = mask[..., rows, :] if mask.ndim > 1 and mask.shape[-2] > 1 else mask
         scores = scores.masked_fill(~part, -math.inf) if part.dtype == torch.bool else scores + part
-    return scores.softmax(-1)
+    return scores
 
 
 def one_per_head(tensor: Tensor, heads: int) -> Tensor:

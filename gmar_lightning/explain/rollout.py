@@ -2,105 +2,115 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from gmar_lightning.explain.attention import AttentionCall
-from gmar_lightning.explain.importance import query_chunks
+from gmar_lightning.explain.blocks import blocks
 
-Rollout = Literal["paper", "flow", "gradient", "last_layer"]
-Step = tuple[AttentionCall, Tensor, Tensor]  # a call, its head weights (batch, heads), dy/dO
+Rollout = Literal["gradient", "paper", "flow", "rollout", "last_layer"]
 
 
-def start_row(readout: Tensor, pool: AttentionCall | None = None, weights: Tensor | None = None) -> Tensor:
-    """Where the rollout starts: the tokens the classifier reads.
+def forms_of(rollout: Rollout | Sequence[Rollout]) -> tuple[Rollout, ...]:
+    """The forms that are asked for, the first one first, none twice.
 
-    Args:
-        readout: `(batch, tokens)`, one for the class token, equal parts for the tokens of a mean; over the
-            queries of the pool when there is one.
-        pool: A final attention pool with one query.
-        weights: `(batch, heads)` of the pool.
-
-    Returns:
-        `(batch, tokens)`: the readout itself, or the pool's own head-weighted row.
+    Raises:
+        ValueError: With the allowed values.
     """
-    if pool is None or weights is None:
-        return readout
-    return (weights[:, :, None] * pool.attention()[:, :, 0]).sum(1)
+    forms = (rollout,) if isinstance(rollout, str) else tuple(dict.fromkeys(rollout))
+    allowed = get_args(Rollout)
+    for form in forms:
+        if form not in allowed:
+            raise ValueError(f"rollout={form!r} is unknown; choose from {', '.join(map(repr, allowed))}")
+    if not forms:
+        raise ValueError(f"rollout names no form; choose from {', '.join(map(repr, allowed))}")
+    return forms
 
 
-def pull(row: Tensor, call: AttentionCall, weights: Tensor, output_grad: Tensor | None = None) -> Tensor:
-    """One step of the rollout: `row` times the head-weighted attention map, in chunks of queries.
-
-    Args:
-        row: `(batch, queries)`.
-        call: The attention call whose map is pulled through.
-        weights: `(batch, heads)`.
-        output_grad: `dy/dO`; given, each map is gated by its own positive gradient, `(dy/dA * A)^+`.
-
-    Returns:
-        `(batch, keys)`: `sum_h weights_h * row @ A_h`.
-    """
-    pulled = row.new_zeros(row.shape[0], call.k.shape[-2])
-    for rows in query_chunks(call):
-        attention = call.attention(rows)
-        if output_grad is not None:
-            grad = output_grad[:, :, rows].to(attention.dtype) @ call.per_head("v").mT
-            attention = attention.mul_(grad).clamp_min_(0)
-        share = weights[:, :, None] * row[:, None, rows]
-        pulled += (share.flatten(1)[:, None] @ attention.flatten(1, 2))[:, 0]
-    return pulled
-
-
-def roll_out(
-    start: Tensor,
-    depths: Sequence[Sequence[Step]],
-    form: Rollout,
-    residual: float = 1.0,
-) -> Tensor:
-    """Relevance of every token for the readout row.
+class BackwardRows:
+    """The rows of the forms that run from the last layer to the first, all in one pass.
 
     `e` is the start row, `A` the head-weighted map of a depth (the mean over its parallel calls):
 
-    - "paper" (arXiv 2504.19414, read literally): first to last, `r <- r A + residual e`.
-    - "flow" (Abnar & Zuidema 2020): last to first, `r <- normalise(residual r + r A)`; residual 1 is their
-      `(A + I) / 2`.
-    - "gradient" (with uniform weights Chefer et al. 2021): last to first,
-      `r <- residual r + r sum_h w_h (dy/dA_h * A_h)^+`.
+    - "gradient" (with uniform weights Chefer et al. 2021): `r <- residual r + r sum_h w_h (dy/dA_h * A_h)^+`.
+    - "flow" (Abnar & Zuidema 2020): `r <- normalise(residual r + r A)`; residual 1 is their `(A + I) / 2`.
+    - "rollout": "flow" with the same weight for every head, plain attention rollout.
     - "last_layer": `r <- e A` of the last depth alone.
 
+    Attributes:
+        rows: For each form its row so far, `(batch, tokens)`.
+    """
+
+    def __init__(self, forms: Sequence[str], start: Mapping[str, Tensor], residual: float) -> None:
+        self.rows: dict[str, Tensor] = {form: start[form] for form in forms if form != "paper"}
+        self._residual = residual
+        self._depth: int | None = None
+        self._pulled: dict[str, list[Tensor]] = {}
+        self._depths_done = 0
+
+    def at(self, depth: int) -> dict[str, Tensor]:
+        """The rows that a layer at `depth` is to be pulled by; layers come from the last depth to the first."""
+        if depth != self._depth:
+            self.close()
+            self._depth = depth
+        return {form: row for form, row in self.rows.items() if form != "last_layer" or not self._depths_done}
+
+    def take(self, pulled: Mapping[str, Tensor]) -> None:
+        """Take in `row A`, head-weighted, `(batch, tokens)`, of one layer at the present depth."""
+        for form, row in pulled.items():
+            self._pulled.setdefault(form, []).append(row)
+
+    def close(self) -> dict[str, Tensor]:
+        """Finish the present depth; returns the rows."""
+        for form, pulled in self._pulled.items():
+            row = torch.stack(pulled).mean(0)
+            if form != "last_layer":
+                row = self._residual * self.rows[form] + row
+            if form in ("flow", "rollout"):
+                row = row / row.sum(-1, keepdim=True)
+            self.rows[form] = row
+        self._depths_done += bool(self._pulled)
+        self._pulled = {}
+        return self.rows
+
+
+def paper_row(
+    start: Tensor, depths: Sequence[Sequence[tuple[AttentionCall, Tensor]]], residual: float
+) -> Tensor:
+    """The form of arXiv 2504.19414 read literally: first layer to last, `r <- r A + residual e`.
+
+    It runs against the backward pass, and every layer's head weights are needed before its row is: where the
+    maps were not kept, this is a second visit that computes `A` again (one `q k^T` per layer: 2 % of a forward
+    on ViT-B/16 at 224 px).
+
     Args:
-        start: The readout row, `(batch, tokens)`.
-        depths: For each depth its `(call, weights, output_grad)`; the gradient is used by "gradient" only.
-        form: Which recursion.
+        start: The readout row `e`, `(batch, tokens)`.
+        depths: For each depth, first to last, its calls with their head weights `(batch, heads)`.
         residual: Weight of the residual path.
 
     Returns:
         `(batch, tokens)`, non-negative for a non-negative start.
     """
-    if form == "paper":
-        row = start
-        for depth in depths:
-            row = _pull_depth(row, depth, gated=False) + residual * start
-        return row
-    if form == "last_layer":
-        return _pull_depth(start, depths[-1], gated=False) if depths else start
     row = start
-    for depth in reversed(depths):
-        row = residual * row + _pull_depth(row, depth, gated=form == "gradient")
-        if form == "flow":
-            row = row / row.sum(-1, keepdim=True)
+    for depth in depths:
+        pulled = [pull(row, call, weights) for call, weights in depth]
+        row = torch.stack(pulled).mean(0) + residual * start
     return row
 
 
+def pull(row: Tensor, call: AttentionCall, weights: Tensor) -> Tensor:
+    """`sum_h weights_h * row @ A_h`, `(batch, keys)`, for a row `(batch, queries)`."""
+    pulled = row.new_zeros(row.shape[0], call.k.shape[-2])
+    for block in blocks(call):
+        attention = block.scores(call).softmax(-1)
+        share = weights[block.images, block.heads, None] * row[block.images, None, block.rows]
+        pulled[block.images] += (share.flatten(1)[:, None] @ attention.flatten(1, 2))[:, 0]
+    return pulled
+
+
 def to_grid(row: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
-    """Take the patches behind the prefix tokens and fold them into the grid, `(batch, grid_h, grid_w)`."""
-    return row[:, prefix : prefix + grid[0] * grid[1]].unflatten(-1, grid)
-
-
-def _pull_depth(row: Tensor, depth: Sequence[Step], gated: bool) -> Tensor:
-    pulled = [pull(row, call, weights, grad if gated else None) for call, weights, grad in depth]
-    return torch.stack(pulled).mean(0)
+    """Take the patches behind the prefix tokens and fold them into the grid, `(..., grid_h, grid_w)`."""
+    return row[..., prefix : prefix + grid[0] * grid[1]].unflatten(-1, grid)

@@ -112,7 +112,7 @@ def measure(
 
     def explained() -> dict[str, Any]:
         with precision():
-            return _on_cpu(explain(model, images, targets, micro_batch_size=size, companions=True))
+            return _on_cpu(explain(model, images, targets, micro_batch_size=size, signals=True))
 
     while True:
         try:
@@ -222,11 +222,9 @@ def _targets(probe: ProbeBatch, target: str | int, rows: list[int]) -> Tensor | 
 
 
 def _on_cpu(result: GMARResult) -> dict[str, Any]:
-    parts: dict[str, Any] = {}
-    for item in fields(result):
-        value = getattr(result, item.name)
-        parts[item.name] = _as_array(value) if isinstance(value, Tensor) else value
-    return parts
+    parts: dict[str, Any] = {item.name: getattr(result, item.name) for item in fields(result)}
+    parts = {**parts, **parts.pop("signals"), "maps": None}
+    return {name: _as_array(value) if isinstance(value, Tensor) else value for name, value in parts.items()}
 
 
 def _as_array(value: Tensor) -> np.ndarray:

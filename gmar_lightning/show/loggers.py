@@ -1,155 +1,158 @@
-"""One probe to whatever logger is there: W&B gets everything, TensorBoard most, the others the numbers."""
+"""One adapter per logger. A logger is known by the name of its class, so none is imported unless it is in use."""
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-# W&B truncates a list of images here, silently.
-_MOST_IMAGES = 108
-_STEP = "trainer/global_step"
-
-
-@dataclass(frozen=True, eq=False)
-class Publication:
-    """What one probe shows.
-
-    Attributes:
-        step: The logger's x, as Lightning's own training rows have it.
-        scalars: Name to number; NaN where there is none this time.
-        hidden: Names among the scalars that get no panel of their own.
-        heatmaps: Overlays, uint8 `(height, width, 3)` each, in probe order; empty when media are thinned out.
-        captions: One per overlay.
-        inputs: The clean photographs, at the first probe only.
-        grids: Name to picture, uint8 `(height, width, 3)`.
-        importance: Relative shares of all heads, for the histogram; empty when media are thinned out.
-    """
-
-    step: int
-    scalars: Mapping[str, float]
-    hidden: frozenset[str] = frozenset()
-    heatmaps: Sequence[np.ndarray] = ()
-    captions: Sequence[str] = ()
-    inputs: Sequence[np.ndarray] = ()
-    grids: Mapping[str, np.ndarray] = field(default_factory=dict)
-    importance: np.ndarray = field(default_factory=lambda: np.empty(0))
+from gmar_lightning.show.publication import Adapter, Ending, Publication
+from gmar_lightning.show.wandb_logger import WandbAdapter
 
 
-def open_logger(
-    logger: Any, settings: Mapping[str, Any], scalars: Sequence[str], hidden: frozenset[str]
-) -> None:
-    """Announce names and settings before the first publication; needed by W&B alone."""
-    if not _is(logger, "WandbLogger"):
-        return
-    run = logger.experiment
-    run.config.update({"gmar": dict(settings)}, allow_val_change=True)
-    # Every key by its exact name: overlapping globs are resolved at random, and a run that existed before
-    # the logger has no step metric at all.
-    run.define_metric(_STEP)
-    for name in (*scalars, "gmar/heatmaps", "gmar/inputs", "gmar/head_importance", "gmar/head_evolution"):
-        key = _prefixed(logger, name)
-        if name in hidden:
-            run.define_metric(key, step_metric=_STEP, hidden=True, summary="none")
-        else:
-            run.define_metric(key, step_metric=_STEP)
-    run.define_metric(_prefixed(logger, "gmar/importance"), step_metric=_STEP)
+class TensorBoardAdapter(Adapter):
+    """TensorBoard: numbers, pictures and the histogram."""
 
+    pictures = True
 
-def publish(logger: Any, shown: Publication) -> None:
-    """Hand one probe to a logger: a single `log_metrics` call, so that all of it shares one row."""
-    if _is(logger, "WandbLogger"):
-        finite = {name: value for name, value in shown.scalars.items() if math.isfinite(value)}
-        logger.log_metrics({**finite, **_wandb_media(shown)}, step=shown.step)
-        return
-    logger.log_metrics(dict(shown.scalars), step=shown.step)
-    if _is(logger, "TensorBoardLogger"):
-        _tensorboard_media(logger.experiment, shown)
-
-
-def shows_pictures(logger: Any) -> bool:
-    """Whether `publish` sends this logger pictures, not only numbers."""
-    return _is(logger, "WandbLogger") or _is(logger, "TensorBoardLogger")
-
-
-def raise_alert(logger: Any, title: str, text: str) -> None:
-    """One W&B alert; the title stays the same because the server groups alerts by it."""
-    if _is(logger, "WandbLogger"):
-        logger.experiment.alert(title=title, text=text, level="WARN")
-
-
-def close_logger(
-    logger: Any, step: int, rows: Sequence[Sequence[Any]], report: Path | None, summary: Mapping[str, Any]
-) -> None:
-    """At fit end: the table of all heads over all probes, the report, and the summary; W&B alone.
-
-    Args:
-        logger: The logger.
-        step: The logger's x.
-        rows: `(step, layer, head, importance, share, flagged)` for each probe and head.
-        report: The HTML report, if it was written.
-        summary: Summary keys of the run.
-    """
-    if not _is(logger, "WandbLogger"):
-        return
-    import wandb
-
-    columns: list[str | int] = ["step", "layer", "head", "importance", "share", "flagged"]
-    last: dict[str, Any] = {"gmar/head_table": wandb.Table(columns=columns, data=[list(row) for row in rows])}
-    if report is not None:
-        last["gmar/report"] = wandb.Html(report.read_text(encoding="utf-8"), inject=False)
-    logger.log_metrics(last, step=step)
-    logger.experiment.summary.update({_prefixed(logger, key): value for key, value in summary.items()})
-
-
-def offline_run(loggers: Sequence[Any]) -> Path | None:
-    """Folder of the first offline W&B run among the loggers, relative to the working directory."""
-    for logger in loggers:
-        if _is(logger, "WandbLogger") and getattr(logger.experiment, "offline", False):
-            return Path(os.path.relpath(logger.experiment.settings.sync_dir))
-    return None
-
-
-def _wandb_media(shown: Publication) -> dict[str, Any]:
-    import wandb
-
-    media: dict[str, Any] = {}
-    for name, images in (("gmar/heatmaps", shown.heatmaps), ("gmar/inputs", shown.inputs)):
-        if len(images):
-            media[name] = [
-                wandb.Image(image, caption=caption, file_type="jpg")
-                for image, caption in zip(images[:_MOST_IMAGES], shown.captions, strict=False)
-            ]
-    media.update({name: wandb.Image(picture, file_type="png") for name, picture in shown.grids.items()})
-    finite = shown.importance[np.isfinite(shown.importance)]
-    if finite.size:
-        # A fixed range, in fair shares, so that the rows of all steps line up.
-        counts = np.histogram(np.clip(finite, 0, 4), bins=32, range=(0, 4))
-        media["gmar/importance"] = wandb.Histogram(np_histogram=counts)
-    return media
-
-
-def _tensorboard_media(writer: Any, shown: Publication) -> None:
-    for name, images in (("gmar/heatmaps", shown.heatmaps), ("gmar/inputs", shown.inputs)):
-        if len(images):
+    def publish(self, shown: Publication) -> None:
+        """Hand over one probe."""
+        super().publish(shown)
+        writer = self.logger.experiment
+        for name, images in shown.lists.items():
             writer.add_images(name, np.stack(images), shown.step, dataformats="NHWC")
-    for name, picture in shown.grids.items():
-        writer.add_image(name, picture, shown.step, dataformats="HWC")
-    finite = shown.importance[np.isfinite(shown.importance)]
-    if finite.size:
-        writer.add_histogram("gmar/importance", finite, shown.step)
+        for name, picture in shown.grids.items():
+            writer.add_image(name, picture, shown.step, dataformats="HWC")
+        finite = shown.importance[np.isfinite(shown.importance)]
+        if finite.size:
+            writer.add_histogram("gmar/importance", finite, shown.step)
 
 
-def _is(logger: Any, name: str) -> bool:
+class ImageHookAdapter(Adapter):
+    """Any logger with `log_image(key, images, step, caption)`: SwanLab's, and what users write themselves."""
+
+    pictures = True
+
+    def publish(self, shown: Publication) -> None:
+        """Hand over one probe: the numbers, then one call per list of pictures and per grid."""
+        self.logger.log_metrics(shown.finite, step=shown.step)
+        for name, images in shown.lists.items():
+            captions = [*shown.captions[: len(images)]]
+            self.logger.log_image(key=name, images=list(images), step=shown.step, caption=captions)
+        for name, picture in shown.grids.items():
+            self.logger.log_image(key=name, images=[picture], step=shown.step, caption=[_at(shown.step)])
+
+
+class MLFlowAdapter(Adapter):
+    """MLflow: pictures as images with steps, one key per probe image so that each has its own slider."""
+
+    pictures = True
+
+    def publish(self, shown: Publication) -> None:
+        """Hand over one probe."""
+        self.logger.log_metrics(shown.finite, step=shown.step)
+        client, run = self.logger.experiment, self.logger.run_id
+        for name, picture, _ in _single_pictures(shown):
+            client.log_image(run, picture, key=self.prefixed(name), step=shown.step)
+
+    def close(self, ending: Ending) -> None:
+        """The report as an artifact, the summary as tags, by which MLflow filters runs."""
+        client, run = self.logger.experiment, self.logger.run_id
+        if ending.report is not None:
+            client.log_artifact(run, str(ending.report), "gmar")
+        for name, value in ending.summary.items():
+            client.set_tag(run, self.prefixed(name), str(value))
+
+
+class CometAdapter(Adapter):
+    """Comet: pictures in the Graphics tab, the report in the HTML tab, alarms as notifications."""
+
+    pictures = True
+
+    def publish(self, shown: Publication) -> None:
+        """Hand over one probe."""
+        self.logger.log_metrics(shown.finite, step=shown.step)
+        for name, picture, caption in _single_pictures(shown):
+            self.logger.experiment.log_image(
+                picture, name=self.prefixed(name), step=shown.step, metadata={"caption": caption}
+            )
+
+    def alert(self, title: str, text: str) -> None:
+        """A notification, sent to whoever has switched them on."""
+        self.logger.experiment.send_notification(title, "warning", {"message": text})
+
+    def close(self, ending: Ending) -> None:
+        """The report, and the summary under Other."""
+        if ending.report is not None:
+            self.logger.experiment.log_html(ending.report.read_text(encoding="utf-8"))
+        self.logger.experiment.log_others(
+            {self.prefixed(name): value for name, value in ending.summary.items()}
+        )
+
+
+class LitLoggerAdapter(Adapter):
+    """Lightning's own service: pictures as media with steps, or as files where `log_media` is missing."""
+
+    pictures = True
+
+    def publish(self, shown: Publication) -> None:
+        """Hand over one probe."""
+        self.logger.log_metrics(shown.finite, step=shown.step)
+        # The service uploads in the background, from its own link to the file.
+        with tempfile.TemporaryDirectory() as folder:
+            for name, picture, caption in _single_pictures(shown):
+                # A file's name is its key, and a key can be used once.
+                path = Path(folder, f"{name.replace('/', '_')}_step_{shown.step:08d}.png")
+                Image.fromarray(picture).save(path)
+                if hasattr(self.logger, "log_media"):
+                    self.logger.log_media(name=name, path=str(path), step=shown.step, caption=caption)
+                else:
+                    self.logger.log_file(str(path))
+
+    def close(self, ending: Ending) -> None:
+        """The report as a file, the summary as metadata."""
+        if ending.report is not None:
+            self.logger.log_file(str(ending.report))
+        self.logger.log_metadata(dict(ending.summary))
+
+
+_ADAPTERS: dict[str, type[Adapter]] = {
+    "WandbLogger": WandbAdapter,
+    "TensorBoardLogger": TensorBoardAdapter,
+    "MLFlowLogger": MLFlowAdapter,
+    "CometLogger": CometAdapter,
+    "LitLogger": LitLoggerAdapter,
+    "LightningLogger": LitLoggerAdapter,  # the same service, as its own package ships it
+}
+
+
+def adapter_for(logger: Any) -> Adapter:
+    """The adapter that knows this logger; any other gets pictures if it has `log_image`, and the numbers."""
     # By name: `lightning` and `pytorch_lightning` each have their own class.
-    return any(kind.__name__ == name for kind in type(logger).__mro__)
+    for kind in type(logger).__mro__:
+        if kind.__name__ in _ADAPTERS:
+            return _ADAPTERS[kind.__name__](logger)
+    takes_images = callable(getattr(logger, "log_image", None)) and type(logger).__name__ != "DummyLogger"
+    return ImageHookAdapter(logger) if takes_images else Adapter(logger)
 
 
-def _prefixed(logger: Any, name: str) -> str:
-    prefix = getattr(logger, "_prefix", "")
-    return f"{prefix}{logger.LOGGER_JOIN_CHAR}{name}" if prefix else name
+def _single_pictures(shown: Publication) -> list[tuple[str, np.ndarray, str]]:
+    """Name, picture and caption of every picture, for services that take one at a time."""
+    listed = [
+        (f"{name}/{index:02d}", image, caption)
+        for name, images in shown.lists.items()
+        for index, (image, caption) in enumerate(zip(images, _captions(shown, images), strict=True))
+    ]
+    return listed + [(name, picture, _at(shown.step)) for name, picture in shown.grids.items()]
+
+
+def _captions(shown: Publication, images: Sequence[np.ndarray]) -> list[str]:
+    return [*shown.captions, *[""] * len(images)][: len(images)]
+
+
+def _at(step: int) -> str:
+    return f"step {step}"

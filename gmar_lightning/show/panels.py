@@ -86,6 +86,32 @@ def captions(
     return lines
 
 
+def image_rows(
+    record: Mapping[str, Any], labels: Sequence[int] | None, names: Sequence[str] | None
+) -> list[dict[str, Any]]:
+    """What is known of each probe image at a probe: a row of a table.
+
+    Returns:
+        `image` (its index), `label`, `prediction`, `probability`, `score`, `drift`, `drift_from_first`; None
+        where a value is missing. Drift is 1 minus the rank correlation of the maps.
+    """
+    drift, scores = record.get("drift") or {}, record.get("scores") or []
+    rows = []
+    for index, prediction in enumerate(record["predictions"]):
+        rows.append(
+            {
+                "image": index,
+                "label": None if labels is None else _named(labels[index], names),
+                "prediction": _named(prediction, names),
+                "probability": record["probabilities"][index],
+                "score": scores[index] if index < len(scores) else None,
+                "drift": _unlikeness(drift.get("rank_correlation_previous"), index),
+                "drift_from_first": _unlikeness(drift.get("rank_correlation_first"), index),
+            }
+        )
+    return rows
+
+
 def pictures(history: History, heatmaps: np.ndarray, images: Sequence[np.ndarray]) -> dict[str, Any]:
     """Overlays and grids of the last probe, as the fields of a `Publication`.
 
@@ -121,6 +147,11 @@ def _table(rows: Any, heads: Sequence[int]) -> np.ndarray:
 def _drift(record: Mapping[str, Any], name: str) -> float:
     values = [value for value in (record.get("drift") or {}).get(name, []) if value is not None]
     return 1.0 - _mean(np.array(values, dtype=np.float64))
+
+
+def _unlikeness(correlations: Sequence[float | None] | None, index: int) -> float | None:
+    value = correlations[index] if correlations and index < len(correlations) else None
+    return None if value is None else 1.0 - value
 
 
 def _per_head(heads: Sequence[int]) -> list[tuple[str, tuple[int, int]]]:

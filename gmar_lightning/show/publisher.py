@@ -13,16 +13,10 @@ from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.record import DriftTracker
 from gmar_lightning.show import panels
 from gmar_lightning.show.console import closing_lines, event_table
-from gmar_lightning.show.loggers import (
-    Publication,
-    close_logger,
-    offline_run,
-    open_logger,
-    publish,
-    raise_alert,
-    shows_pictures,
-)
+from gmar_lightning.show.loggers import adapter_for
+from gmar_lightning.show.publication import Adapter, Ending, Publication
 from gmar_lightning.show.report import write_report
+from gmar_lightning.show.wandb_logger import offline_run
 from gmar_lightning.version import __version__
 
 
@@ -65,6 +59,7 @@ class Publisher:
         self._labels, self._names, self._segment = labels, names, segment
         self._settings, self._per_head = dict(settings), per_head
         self._media_every, self._on_disk, self._warn = media_every, on_disk, warn
+        self._adapters = [adapter_for(logger) for logger in self.loggers]
         self._opened, self._warned = False, set[str]()
         self._count = self._at = 0
         self.drift = DriftTracker(*self._recorded_maps())
@@ -158,14 +153,12 @@ class Publisher:
         if media:
             self._save_overlays(media["heatmaps"])
         shown = self._publication(media)
-        for logger in self.loggers:
-            self._guarded(type(logger).__name__, lambda logger=logger: self._show(logger, shown))
+        self._to_loggers(lambda adapter: self._show(adapter, shown))
         self._opened = True
 
     def alert(self, title: str, text: str) -> None:
         """Send one alert to every logger that knows alerts."""
-        for logger in self.loggers:
-            self._guarded(type(logger).__name__, lambda logger=logger: raise_alert(logger, title, text))
+        self._to_loggers(lambda adapter: adapter.alert(title, text))
 
     def close(
         self, *, metrics: Mapping[str, float], counts: tuple[int, int], seconds: tuple[float, float]
@@ -184,19 +177,15 @@ class Publisher:
         if self._on_disk and self.history.records:
             report = self._guarded("the report", lambda: write_report(self.history.dir))
         if self._opened:
-            last = self.history.records[-1]["step"]
             names = ("step", "layer", "head", "importance", "share", "flagged")
-            for logger in self.loggers:
-                self._guarded(
-                    type(logger).__name__,
-                    lambda logger=logger: close_logger(
-                        logger,
-                        last,
-                        [[row[name] for name in names] for row in self.history.rows()],
-                        report,
-                        self.summary(),
-                    ),
-                )
+            ending = Ending(
+                self.history.records[-1]["step"],
+                [[row[name] for name in names] for row in self.history.rows()],
+                report,
+                self.history.dir if self._on_disk else None,
+                self.summary(),
+            )
+            self._to_loggers(lambda adapter: adapter.close(ending))
         records, layers = self.history.records, self.history.layers
         lines = closing_lines(
             metrics=metrics,
@@ -206,7 +195,7 @@ class Publisher:
             run_seconds=seconds[1],
             flagged=[(layers[layer], head) for layer, head in (records[-1]["flagged"] if records else [])],
             folder=self.history.dir if self._on_disk else None,
-            wandb_offline=offline_run(self.loggers),
+            wandb_offline=self._guarded("WandbLogger", lambda: offline_run(self.loggers)),
         )
         return lines + event_table(self.history.events)
 
@@ -257,26 +246,35 @@ class Publisher:
         record = self.history.records[-1]
         numbers = panels.scalars(record, self.history.heads, self._per_head)
         hidden = panels.hidden_names(self.history.heads) if self._per_head else frozenset[str]()
+        events = record.get("events") or []
         if media is None or (self._count - 1) % self._media_every:
-            return Publication(record["step"], numbers, hidden)
+            return Publication(record["step"], numbers, hidden, events=events)
         return Publication(
             record["step"],
             numbers,
             hidden,
             captions=panels.captions(record, self._labels, self._names),
             inputs=() if self._opened else self.images,
+            photographs=self.images,
+            events=events,
+            image_rows=panels.image_rows(record, self._labels, self._names)[: len(self.images)],
             **media,
         )
 
-    def _show(self, logger: Any, shown: Publication) -> None:
+    def _show(self, adapter: Adapter, shown: Publication) -> None:
         if not self._opened:
-            open_logger(logger, self._settings, list(shown.scalars), shown.hidden)
-            if not shows_pictures(logger) and self._on_disk and type(logger).__name__ != "DummyLogger":
+            adapter.open(self._settings, list(shown.scalars), shown.hidden)
+            name = type(adapter.logger).__name__
+            if not adapter.pictures and self._on_disk and name != "DummyLogger":
                 self._say_once(
-                    f"GMARCallback: {type(logger).__name__} takes numbers only; "
-                    f"the pictures are in {self.history.dir}"
+                    f"GMARCallback: {name} takes numbers only; the pictures are in {self.history.dir}"
                 )
-        publish(logger, shown)
+        adapter.publish(shown)
+
+    def _to_loggers(self, action: Callable[[Adapter], None]) -> None:
+        """Do it with every logger; one that fails is said once, and the others go on."""
+        for adapter in self._adapters:
+            self._guarded(type(adapter.logger).__name__, lambda adapter=adapter: action(adapter))
 
     def _recorded_maps(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Maps of the first and the last probe of this segment, when a record is continued."""

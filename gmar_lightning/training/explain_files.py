@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target", default="predicted", help="class name or index; default: the predicted class"
     )
     parser.add_argument("--norm", choices=get_args(Norm), default="l1")
-    parser.add_argument("--rollout", choices=get_args(Rollout), default="paper")
+    parser.add_argument("--rollout", choices=get_args(Rollout), default="gradient")
     parser.add_argument(
         "--heads", action="store_true", help="also draw the head-importance grid of each image"
     )
@@ -117,6 +117,7 @@ def _normalised(photograph: np.ndarray, model: Classifier) -> Tensor:
 
 
 def _write(path: Path, photograph: np.ndarray, result: GMARResult, with_heads: bool) -> None:
+    assert result.heatmaps is not None  # gmar() refuses what it cannot draw
     image = enlarged(photograph)
     heat = overlay(image, result.heatmaps[0].numpy())
     Image.fromarray(contact_sheet([image, heat], columns=2)).save(path, quality=92)
@@ -126,6 +127,8 @@ def _write(path: Path, photograph: np.ndarray, result: GMARResult, with_heads: b
 
 
 def _said(result: GMARResult, names: Sequence[str] | None) -> str:
+    assert result.logits is not None
+    assert result.targets is not None
     probabilities = result.logits[0].softmax(-1)
 
     def one(index: int) -> str:

@@ -188,10 +188,10 @@ def train(kind: str, seed: int, probes: int, data: tuple[Tensor, Tensor]) -> Run
         for layer, head in what.heads:
             gates[what.place][layer, head] = passed[probe, layer, head] = float(what.gate[probe])
         model.eval()
-        found = gmar(model, images[held[:32]], labels[held[:32]], companions=True)
+        found = gmar(model, images[held[:32]], labels[held[:32]], signals=True)
         model.train()
         importance.append(found.importance.mean(0).double().numpy())
-        entropy.append(found.entropy.mean(0).double().numpy())
+        entropy.append(found.signals["entropy"].mean(0).double().numpy())
         new = detector.update(probe, importance[-1], found.layers)
         for event in new:
             if event.kind == "collapsed":

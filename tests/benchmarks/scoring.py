@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from gmar_lightning.explain.faithfulness import (
-    energy_in_mask,
-    pointing_game,
     probability_area,
     relative_drop,
     salience_coefficient,
 )
 from gmar_lightning.explain.gmar import gmar
+from gmar_lightning.explain.localisation import energy_in_mask, pointing_game
 from gmar_lightning.explain.perturbation import perturbing
 
 METHODS = {

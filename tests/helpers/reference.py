@@ -49,6 +49,9 @@ class Reference:
     heatmaps: torch.Tensor
     importance: list  # one (batch, heads) per layer
     row: torch.Tensor
+    contribution: list  # one (batch, heads) per layer
+    head_maps: list  # one (batch, heads, tokens) per layer, gated by the positive gradient
+    plain_head_maps: list
 
 
 def reference(
@@ -57,7 +60,7 @@ def reference(
     targets=None,
     *,
     norm="l1",
-    rollout="paper",
+    rollout="gradient",
     residual=1.0,
     read="class",
     prefix=1,
@@ -82,7 +85,8 @@ def reference(
     maps = [a.detach() for a in maps]
     l1 = [g.abs().sum((-2, -1)) for g in grads]
     importance = [g.square().sum((-2, -1)).sqrt() for g in grads] if norm == "l2" else l1
-    weights = [torch.ones_like(i) if norm == "uniform" else i for i in importance]
+    uniform = norm == "uniform" or rollout == "rollout"
+    weights = [torch.ones_like(i) if uniform else i for i in importance]
     weights = [w / w.sum(-1, keepdim=True) for w in weights]
     weighted = [
         (w[:, :, None, None] * ((a * g).clamp(min=0) if rollout == "gradient" else a)).sum(1)
@@ -100,7 +104,22 @@ def reference(
         start = start.expand(len(product), -1)
     row = (start[:, None] @ product)[:, 0]
     heatmaps = row if grid is None else row[:, prefix:].reshape(len(row), *grid)
-    return Reference(heatmaps, importance, row)
+    gated = [(a * g).clamp(min=0) for a, g in zip(maps, grads, strict=True)]
+    return Reference(
+        heatmaps,
+        importance,
+        row,
+        [(a * g).sum((-2, -1)) for a, g in zip(maps, grads, strict=True)],
+        [read_rows(a, start) for a in gated],
+        [read_rows(a, start) for a in maps],
+    )
+
+
+def read_rows(attention, start):
+    """The rows of each head's map that the readout attends with; the one row there is of an attention pool."""
+    if attention.shape[-2] == 1:
+        return attention[:, :, 0]
+    return torch.einsum("bi,bhij->bhj", start, attention)
 
 
 def row_weights(read, tokens, prefix):
@@ -124,7 +143,7 @@ def full_rollout(weighted, rollout, residual):
     for attention in weighted:
         if rollout == "paper":  # R <- R A + residual I, the identity counted from the start
             product = product @ attention + residual * identity
-        elif rollout == "flow":  # last layer leftmost, rows sum to one
+        elif rollout in ("flow", "rollout"):  # last layer leftmost, rows sum to one
             mixed = attention + residual * identity
             product = (mixed / mixed.sum(-1, keepdim=True)) @ product
         else:

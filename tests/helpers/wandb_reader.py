@@ -19,6 +19,7 @@ class Run:
     config: dict = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)
     alerts: list = field(default_factory=list)
+    artifacts: list = field(default_factory=list)
     finished: bool = False
 
     def rows(self, key):
@@ -54,6 +55,8 @@ def parse(data: bytes) -> Run:
             run.metrics[record.metric.name or record.metric.glob_name] = record.metric
         elif kind == "alert":
             run.alerts.append(record.alert)
+        elif kind == "artifact":
+            run.artifacts.append(record.artifact)
         elif kind == "exit":
             run.finished = True
     return run
