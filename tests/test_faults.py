@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import warnings
@@ -41,12 +42,12 @@ class InProbe:
     """Acts on the forwards of probes, not on those of training and validation."""
 
     def __init__(self, act: Callable[[int, Any], Any]):
-        self.act, self.forwards = act, 0
+        self.act, self.forwards = act, ctypes.c_int(0)  # memory that a probe does not put back
 
     def __call__(self, module: nn.Module, inputs: Any) -> Any:
         if torch.is_grad_enabled() and not module.training:
-            self.forwards += 1
-            return self.act(self.forwards, inputs[0])
+            self.forwards.value += 1
+            return self.act(self.forwards.value, inputs[0])
         return None
 
 

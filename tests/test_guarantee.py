@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import array
 import collections
+import contextlib
 import functools
 import itertools
 import random
@@ -97,7 +99,7 @@ class Stateful(ViT):
         self.tensors = [torch.zeros(2), {"x": torch.zeros(2)}]
         self.config, self.slotted, self.hostile = Config(), Slotted(), Hostile()
         self.space, self.strict = types.SimpleNamespace(count=0), Strict()
-        self.bytes = bytearray(b"ab")
+        self.bytes, self.compact = bytearray(b"ab"), array.array("i", [1, 2])
         self.own_numpy, self.own_python = np.random.default_rng(1), random.Random(1)
         self.own_torch, self.legacy = torch.Generator().manual_seed(1), np.random.RandomState(1)
         self.ticks, self.cycle = itertools.count(), iter([1, 2, 3])
@@ -186,6 +188,8 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "weights through a NumPy view": lambda m: m.view.__iadd__(1),
     "weights replaced through .data": lambda m: setattr(m.head.weight, "data", m.head.weight * 2),
     "a parameter replaced": swap_parameter,
+    "bytearray": lambda m: m.bytes.extend(b"c"),
+    "array of the standard library": lambda m: m.compact.append(1),
     "buffer in place": lambda m: m.memory.add_(1),
     "buffer through .data": lambda m: m.memory.data.add_(1),
     "buffer replaced": lambda m: setattr(m, "memory", m.memory + 1),
@@ -208,6 +212,7 @@ def everything(model: Any) -> str:
         model.own_numpy.bit_generator.state,
         model.own_python.getstate(), model.legacy.get_state()[1].tolist(), repr(model.ticks),
         model.cycle.__reduce__()[2], model.enclosed(), sorted(vars(model)), model.number,
+        bytes(model.bytes), model.compact.tolist(),
     ]  # fmt: skip
     tensors = [
         *model.parameters(), *[buffer.clone() for buffer in model.buffers()], model.own_torch.get_state(),
@@ -320,3 +325,70 @@ def test_open_file_keeps_its_place(tmp_path: Path) -> None:
         model.file = stream
         gmar(model, pictures(1))
         assert stream.readline() == "1\n"
+
+
+class LinearProbe(ViT):
+    """A trained head on features that training does not differentiate."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how = how
+
+    def forward(self, images: Tensor) -> Tensor:
+        guard: Any = contextlib.nullcontext()
+        if self.how in ("no_grad", "inference_mode"):
+            guard = getattr(torch, self.how)()
+        with guard:
+            if self.how == "set_grad_enabled":
+                torch.set_grad_enabled(False)
+            features = self.features(images)
+        if self.how == "detach":
+            features = features.detach()
+        if self.how == "set_grad_enabled":
+            torch.set_grad_enabled(True)
+        if self.how == "data":
+            features = features.data
+        return self.head(features.clone() if self.how == "inference_mode" else features)
+
+    def features(self, images: Tensor) -> Tensor:
+        tokens = self.tokens(images)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)[:, 0]
+
+
+class Decorated(LinearProbe):
+    features = torch.no_grad()(LinearProbe.features)
+
+
+@pytest.mark.parametrize(
+    "how", ["no_grad", "inference_mode", "set_grad_enabled", "detach", "data", "decorator"]
+)
+def test_linear_probes_are_explained_as_if_nothing_was_cut(how: str) -> None:
+    plain = seeded(LinearProbe, "nothing")
+    model = seeded(Decorated if how == "decorator" else LinearProbe, how)
+    model.load_state_dict(plain.state_dict())
+    for parameter in [*model.blocks.parameters(), *model.tokens.parameters()]:
+        parameter.requires_grad_(False)
+    expected, found = gmar(plain, pictures(2)), gmar(model, pictures(2))
+    assert torch.equal(found.importance, expected.importance)
+    assert torch.equal(found.heatmaps, expected.heatmaps)
+    gradients = torch.autograd.grad(model(pictures(1)).sum(), [model.norm.weight], allow_unused=True)
+    assert gradients == (None,)  # the switches work again
+
+
+def test_detached_on_purpose_stays_detached() -> None:
+    """A model that can be explained as it is, is."""
+
+    class Tempered(ViT):
+        lift = False
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits = super().forward(images)
+            scale = logits.norm(dim=-1, keepdim=True)
+            return logits / (scale if self.lift else scale.detach())
+
+    model = seeded(Tempered)
+    found = gmar(model, pictures(2))
+    model.lift = True
+    assert not torch.equal(gmar(model, pictures(2)).importance, found.importance)

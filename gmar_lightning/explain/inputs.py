@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.lifted import lifting
 
 
 def classifier_of(model: nn.Module, module: str | None) -> nn.Module:
@@ -53,7 +54,8 @@ def _fitted(value: Any, parameter: nn.Parameter | None) -> Any:
 
 def forward(classifier: nn.Module, inputs: Mapping[str, Any]) -> Any:
     """Run the classifier on what `model_inputs` prepared."""
-    return classifier(inputs[""]) if "" in inputs else classifier(**inputs)
+    with lifting():
+        return classifier(inputs[""]) if "" in inputs else classifier(**inputs)
 
 
 def logits_of(output: Any) -> Tensor:

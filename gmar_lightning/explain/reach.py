@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import copy
 import functools
 import io
@@ -10,7 +11,7 @@ import os
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,12 @@ class Snapshot:
             self._tensor(where, thing, weight)
         elif isinstance(thing, np.ndarray):
             self._array(where, thing)
-        elif (generator := generator_state(where, thing)) is not None:
-            self.saved.append(generator)
         elif isinstance(thing, (dict, list, set, deque, tuple, frozenset)):
             self._container(where, thing, weight)
+        elif (generator := generator_state(where, thing)) is not None:
+            self.saved.append(generator)
+        elif isinstance(thing, (bytearray, array.array)):
+            self.saved.append(SavedPosition(where, lambda: thing[:], functools.partial(_refill, thing)))
         else:
             self._behaviour(where, thing)
         self._own_attributes(where, thing)
@@ -228,8 +231,7 @@ class Snapshot:
                         self._then(f"{where}.{inner}", child, name == "_parameters")
                 else:
                     self._then(f"{where}.{name}", value, optimizer and name == "state")
-        slots = [name for name, member in _slots(kind) if hasattr(member, "__get__")]
-        if slots:
+        if slots := _slots(kind):
             self._names(where, thing, slots)
         self._then(kind.__qualname__, kind)
 
@@ -243,7 +245,7 @@ class Snapshot:
             if attributes is not None and _is_watched(type(thing)):
                 self._then(where, attributes)
 
-    def _names(self, where: str, thing: Any, slots: list[str]) -> None:
+    def _names(self, where: str, thing: Any, slots: tuple[str, ...]) -> None:
         def read() -> dict[str, Any]:
             return {n: object.__getattribute__(thing, n) for n in slots if _has(thing, n)}
 
@@ -395,6 +397,10 @@ def _quietly(act: Callable[[], Any]) -> Any:
         return True
 
 
+def _refill(thing: Any, content: Any) -> None:
+    thing[:] = content
+
+
 def _attributes(thing: Any) -> dict[str, Any] | None:
     try:
         attributes = object.__getattribute__(thing, "__dict__")
@@ -411,11 +417,15 @@ def _has(thing: Any, name: str) -> bool:
     return True
 
 
-def _slots(kind: type) -> Iterator[tuple[str, Any]]:
-    for owner in kind.__mro__:
-        for name, member in vars(owner).items():
-            if isinstance(member, types.MemberDescriptorType) and not _is_library(owner.__module__):
-                yield name, member
+@functools.lru_cache(maxsize=4096)
+def _slots(kind: type) -> tuple[str, ...]:
+    return tuple(
+        name
+        for owner in kind.__mro__
+        if not _is_library(owner.__module__)
+        for name, member in vars(owner).items()
+        if isinstance(member, types.MemberDescriptorType)
+    )
 
 
 def _is_library(module: str) -> bool:

@@ -6,6 +6,7 @@ view moves none) and never by `==` (which belongs to the user's objects).
 
 from __future__ import annotations
 
+import array
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
@@ -325,8 +326,10 @@ def equal_states(one: Any, other: Any) -> bool:
         return False
     if isinstance(one, Tensor):
         return torch.equal(one, other)
-    if isinstance(one, np.ndarray):
+    if isinstance(one, (np.ndarray, array.array)):
         return one.tobytes() == other.tobytes()
+    if isinstance(one, bytearray):
+        return one == other
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(equal_states(a, b) for a, b in zip(one, other, strict=True))
     if isinstance(one, dict):
@@ -341,7 +344,7 @@ def dict_items(container: dict[Any, Any]) -> Iterable[tuple[Any, Any]]:
 
 def is_lazy(tensor: Tensor) -> bool:
     """Whether a parameter or buffer waits for the first forward to learn its shape."""
-    return isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+    return isinstance(tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer)
 
 
 def sample(view: Tensor) -> Tensor:
