@@ -9,6 +9,7 @@ from gmar_lightning.explain.gmar import GMARResult, gmar
 from gmar_lightning.monitor.collapse import CollapseDetector
 from gmar_lightning.monitor.events import HeadEvent, HeadState
 from gmar_lightning.monitor.history import History
+from gmar_lightning.show.ranking import prune_order
 from gmar_lightning.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = [
     "UnsupportedModelError",
     "ablate_heads",
     "gmar",
+    "prune_order",
     "record_attention",
 ]
 

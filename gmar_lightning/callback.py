@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
+import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,27 +21,37 @@ from gmar_lightning.arguments import (
     check_target,
     given_probe,
 )
-from gmar_lightning.explain.gmar import check_form, gmar
+from gmar_lightning.explain.gmar import check_form
 from gmar_lightning.explain.importance import Norm
 from gmar_lightning.explain.inputs import classifier_of
 from gmar_lightning.explain.rollout import Rollout
 from gmar_lightning.monitor.collapse import CollapseDetector
+from gmar_lightning.monitor.drift import DriftTracker
 from gmar_lightning.monitor.events import HeadEvent
+from gmar_lightning.monitor.history import History
 from gmar_lightning.monitor.probe import ProbeBatch
+from gmar_lightning.monitor.probing import Moment, Prober
+from gmar_lightning.monitor.processes import of_first_process
+from gmar_lightning.monitor.record import ProbeRecord
+from gmar_lightning.monitor.say import SayOnce
 from gmar_lightning.monitor.schedule import Every
-from gmar_lightning.monitor.session import Outcome, ProbeSession
-from gmar_lightning.opening import open_publisher, photographs, probe_of
+from gmar_lightning.monitor.settings import ProbeSettings
 from gmar_lightning.show.console import alarm_text
-from gmar_lightning.show.panels import as_metrics
-from gmar_lightning.show.publisher import Publisher
+from gmar_lightning.show.dashboard import as_metrics
+from gmar_lightning.show.publisher import Display, Publisher
 from gmar_lightning.trainer import (
     callable_model,
+    class_names_of,
     default_folder,
     is_smoke_test,
     log_position,
     logged_metrics,
+    photographs,
+    planned_probes,
+    probe_images,
     untouched,
 )
+from gmar_lightning.version import __version__
 
 # What is worth waking up for.
 _ALARMS = ("collapsed", "layer_vanishing", "nonfinite")
@@ -56,12 +66,12 @@ class GMARCallback(Callback):
 
     Logged with the x-axis of Lightning's own training rows: `gmar/heatmaps`, `gmar/inputs` (once),
     `gmar/head_importance` (layers x heads, flagged heads crossed), `gmar/head_evolution`, and the numbers of
-    `show.panels.scalars`; the numbers are in `trainer.callback_metrics` too, for other callbacks to monitor.
+    `show.keys`; the numbers are in `trainer.callback_metrics` too, for other callbacks to monitor.
 
     Args:
         every_n_train_steps: Probe whenever this many more optimizer steps were taken; 100 when neither
             interval is given.
-        every_n_epochs: Probe after every so-manieth epoch instead.
+        every_n_epochs: Probe whenever this many more epochs have ended, instead.
         num_images: Probe size, drawn class-balanced from the validation set, fixed for the run.
         num_heatmaps: How many of them are drawn.
         probe_batch: Your own `(images, labels)`, or a mapping with `images` and optionally `labels`.
@@ -76,8 +86,9 @@ class GMARCallback(Callback):
             callable `(trainer, pl_module, events)`, called on every process.
         confirm: Measure by ablation what newly flagged heads still contribute: two forwards over the probe
             images at probes that flag, none at others.
-        faithfulness_every: At every so-manieth probe, measure insertion minus deletion and average drop of four
-            maps, beside a random map and plain rollout (about 31 forwards per image); None never does.
+        faithfulness_every: At the first probe and after each so many more, measure insertion minus deletion and
+            average drop of four maps, beside a random map and plain rollout (about 31 forwards per image); None
+            never does.
         on_error: "warn" lets training go on after a failed probe, "raise" does not.
         mean: Channel means for display; found from the datamodule, the module or timm when possible.
         std: Channel standard deviations, likewise.
@@ -143,24 +154,30 @@ class GMARCallback(Callback):
         self.mean, self.std = check_display("mean", mean), check_display("std", std)
         self.class_names, self.log_per_head, self.save_dir = class_names, log_per_head, save_dir
         self._fresh_detector = CollapseDetector() if detector == "default" else detector
-        self._explain = functools.partial(gmar, norm=norm, rollout=rollout, residual=residual, module=module)
+        self._settings = ProbeSettings(
+            target=target,
+            norm=norm,
+            rollout=rollout,
+            residual=residual,
+            module=module,
+            micro_batch_size=micro_batch_size,
+            confirm=confirm,
+            faithfulness_every=faithfulness_every,
+        )
         self._restored: dict[str, Any] | None = None
         self._begin_run()
 
     def _begin_run(self) -> None:
         self._schedule.reset()
-        self._session = ProbeSession(
-            self._explain,
+        self._say = SayOnce(rank_zero_warn)
+        self._prober = Prober(
+            self._settings,
             detector=copy.deepcopy(self._fresh_detector),
-            target=self.target,
-            module=self.module,
-            micro_batch_size=self.micro_batch_size,
-            confirm=self.confirm,
-            faithfulness_every=self.faithfulness_every,
             on_error=self.on_error,
-            warn=rank_zero_warn,
+            say=self._say,
         )
-        self._publisher: Publisher | None = None  # on process zero only
+        self._history: History | None = None  # on process zero only, as is the publisher
+        self._publisher: Publisher | None = None
         self._last_probe: tuple[int, int] | None = None  # (optimizer steps, logger's x)
         self._probe_seconds, self._fit_started = 0.0, time.monotonic()
         self._folder: str | None = None
@@ -170,7 +187,7 @@ class GMARCallback(Callback):
     @property
     def detector(self) -> CollapseDetector | None:
         """The detector of the current run."""
-        return self._session.detector
+        return self._prober.detector
 
     @property
     def state_key(self) -> str:
@@ -214,13 +231,16 @@ class GMARCallback(Callback):
         if restored is not None:
             self._continue_from(restored)
         self._trainer, self._closed, self._fit_started = id(trainer), False, time.monotonic()
-        self._session.probe = probe = probe_of(
+        # The plugin of this trainer; a callback may serve several one after the other.
+        precision = trainer.precision_plugin.forward_context
+        self._prober.settings = dataclasses.replace(self._prober.settings, precision=precision)
+        probe = probe_images(
             trainer,
             pl_module,
             self._given,
             num_images=self.num_images,
             target=self.target,
-            say=self._session.say_once,
+            say=self._say,
         )
         self._open_record(trainer, pl_module, probe, resumed=restored is not None)
         if self._last_probe is None:
@@ -240,7 +260,7 @@ class GMARCallback(Callback):
         if self._schedule.unit == "epoch" and self._schedule.due(trainer.current_epoch + 1):
             self._run_probe(trainer, pl_module, log_position(trainer, ended=True))
         elif self._schedule.unit == "step" and trainer.global_step == 0:
-            self._session.say_once(
+            self._say(
                 "GMARCallback: an epoch went by and Lightning counted no optimizer step (optimizers stepped by "
                 "hand?); use every_n_epochs"
             )
@@ -262,7 +282,7 @@ class GMARCallback(Callback):
         return {
             "schedule": self._schedule.state_dict(),
             "last_probe": list(self._last_probe or ()),
-            "session": self._session.state_dict(),
+            "session": self._prober.state_dict(),
             "fingerprint": self._fingerprint,
             "folder": self._folder,
             "probe_seconds": self._probe_seconds,
@@ -276,7 +296,7 @@ class GMARCallback(Callback):
     def _continue_from(self, state: Mapping[str, Any]) -> None:
         self._schedule.load_state_dict(state["schedule"])
         self._last_probe = (state["last_probe"][0], state["last_probe"][1])
-        self._session.load_state_dict(state["session"])
+        self._prober.load_state_dict(state["session"])
         self._fingerprint, self._folder = state["fingerprint"], state["folder"]
         self._probe_seconds = state["probe_seconds"]
 
@@ -284,36 +304,75 @@ class GMARCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, probe: ProbeBatch, resumed: bool
     ) -> None:
         changed = self._fingerprint is not None and self._fingerprint != probe.fingerprint
-        self._fingerprint = probe.fingerprint
         if changed:
-            rank_zero_warn(
+            self._say(
                 "GMARCallback: the validation set gives other probe images than before; the record starts a new "
                 "segment"
             )
-        folder = Path(self._folder or self.save_dir or default_folder(trainer, self))
-        self._folder = str(folder)
-        if not trainer.is_global_zero or (self._publisher is not None and not changed):
+        self._fingerprint = probe.fingerprint
+        self._folder = str(self._folder or self.save_dir or default_folder(trainer, self))
+        again = self._prober.probe is not None and not changed
+        if trainer.is_global_zero and not again:
+            self._history = self._opened(trainer, pl_module, probe, resumed or changed)
+            self._publisher = self._publisher_of(trainer, pl_module, probe, self._history)
+        if again:
             return
+        # Every process tells how far the maps have moved, so all of them need the ones to compare with.
+        ends = of_first_process(None if self._history is None else self._history.ends_of_segment())
+        segment, first, last = (0, None, None) if ends is None else ends
+        self._prober.begin(probe, segment, DriftTracker(first, last))
+
+    def _opened(
+        self, trainer: Trainer, pl_module: LightningModule, probe: ProbeBatch, resumed: bool
+    ) -> History:
         on_disk = self.save_dir is not None or not is_smoke_test(trainer)
         if not trainer.loggers and on_disk:
-            rank_zero_info(f"GMARCallback: no logger; the record goes to {folder}")
-        names = ("num_images", "num_heatmaps", "module", "target", "norm", "rollout")
-        self._publisher = open_publisher(
-            trainer,
-            pl_module,
-            folder if on_disk else None,
-            probe,
-            photographs(trainer, pl_module, probe.images[: self.num_heatmaps], self.mean, self.std),
-            schedule=self._schedule,
-            names=self.class_names,
-            settings={
-                **{name: getattr(self, name) for name in names},
-                "residual": 1.0 if self.residual is None else self.residual,
-            },
-            resumed=resumed or changed,
+            rank_zero_info(f"GMARCallback: no logger; the record goes to {self._folder}")
+        labels = None if probe.labels is None else probe.labels.tolist()
+        names = self.class_names or class_names_of(trainer, pl_module)
+        run = {
+            "version": __version__,
+            "num_images": len(probe),
+            "num_heatmaps": min(self.num_heatmaps, len(probe)),
+            "labels": labels,
+            "class_names": None if names is None else list(names),
+            "fingerprint": probe.fingerprint,
+            "settings": self._described(),
+        }
+        try:
+            return History.open(
+                self._folder if on_disk else None, run, trainer.global_step if resumed else None
+            )
+        except (OSError, ValueError) as error:
+            rank_zero_warn(
+                f"GMARCallback: no record can be written to {self._folder} ({error}); the run goes on without it"
+            )
+            return History.open(None, run)
+
+    def _publisher_of(
+        self, trainer: Trainer, pl_module: LightningModule, probe: ProbeBatch, history: History
+    ) -> Publisher:
+        images = probe.images[: self.num_heatmaps]
+        pictures = photographs(trainer, pl_module, images, self.mean, self.std, self._say)
+        self._guarded("the record", lambda: history.save_inputs(pictures), trainer.global_step)
+        planned = planned_probes(trainer, self._schedule.unit, self._schedule.interval)
+        display = Display(
+            images=pictures,
+            labels=history.segment_run(history.segment).get("labels"),
+            names=history.run.get("class_names"),
             per_head=self.log_per_head,
-            max_events=self.max_events,
+            media_every=max(1, math.ceil((planned or 0) / self.max_events)),
         )
+        return Publisher(history, trainer.loggers, display, self._say)
+
+    def _described(self) -> dict[str, Any]:
+        """The settings as the record and the loggers' configuration say them."""
+        names = ("num_images", "num_heatmaps", "module", "target", "norm", "rollout")
+        return {
+            "every": f"{self._schedule.interval} {self._schedule.unit}s",
+            **{name: getattr(self, name) for name in names},
+            "residual": 1.0 if self.residual is None else self.residual,
+        }
 
     def _run_probe(
         self, trainer: Trainer, pl_module: LightningModule, step: int, first: bool = False
@@ -322,18 +381,11 @@ class GMARCallback(Callback):
         if not self._needed(trainer, now, first):
             return
         started, self._last_probe = time.monotonic(), now
-        metrics = logged_metrics(trainer)
+        moment = Moment(step, now[0], trainer.current_epoch, logged_metrics(trainer))
         with untouched(trainer, pl_module):
-            outcome = self._session.take(
-                callable_model(trainer, pl_module),
-                step,
-                precision=trainer.precision_plugin.forward_context,
-                first=first,
-            )
-        where = {"step": step, "global_step": now[0], "epoch": trainer.current_epoch}
-        seconds = time.monotonic() - started
-        self._publish(trainer, {**where, **outcome.record, "metrics": metrics, "seconds": seconds}, outcome)
-        self._react(trainer, pl_module, outcome.events)
+            record = self._prober.take(callable_model(trainer, pl_module), moment, first)
+        self._publish(trainer, record)
+        self._react(trainer, pl_module, record.events)
         self._probe_seconds += time.monotonic() - started
 
     def _needed(self, trainer: Trainer, now: tuple[int, int], first: bool) -> bool:
@@ -344,20 +396,29 @@ class GMARCallback(Callback):
         repeats = last is not None and (
             now <= last or now[0] == last[0] > 0 or (last[0] == 0 and now[1] <= last[1])
         )
-        over = self._session.probe is None or self._session.spent or (is_smoke_test(trainer) and not first)
+        over = self._prober.probe is None or self._prober.spent or (is_smoke_test(trainer) and not first)
         return not repeats and not over
 
-    def _publish(self, trainer: Trainer, record: dict[str, Any], outcome: Outcome) -> None:
-        found = outcome.found
+    def _publish(self, trainer: Trainer, record: ProbeRecord) -> None:
+        if record.failure is None:
+            trainer.callback_metrics.update(as_metrics(record))
+        history, publisher = self._history, self._publisher
+        if history is not None:
+            self._guarded("the record", lambda: history.append(record), record.step)
+        if publisher is not None:
+            self._guarded("the display", lambda: publisher.show(record), record.step)
+
+    def _guarded(self, what: str, action: Callable[[], object], step: int) -> None:
         try:
-            if found is not None:
-                trainer.callback_metrics.update(as_metrics(record))
-            if self._publisher is not None and found is not None:
-                self._publisher.add(record, found.heatmaps, found.layers)
-            elif self._publisher is not None:
-                self._publisher.add(record, None)
+            action()
+        except OSError as error:
+            # A full or vanished disk is no mistake of the run: it goes on whatever `on_error` says.
+            self._say(
+                f"GMARCallback: {what} failed at step {step} and is left out ({type(error).__name__}: {error})",
+                what,
+            )
         except Exception as error:
-            self._shrug("the probe could not be published", error, record["step"])
+            self._shrug(f"{what} failed", error, step)
 
     def _react(self, trainer: Trainer, pl_module: LightningModule, events: Sequence[HeadEvent]) -> None:
         nonfinite = any(event.kind == "nonfinite" for event in events)
@@ -385,7 +446,7 @@ class GMARCallback(Callback):
         try:
             lines = self._publisher.close(
                 metrics=logged_metrics(trainer),
-                counts=(self._session.taken, self._session.failed),
+                counts=(self._prober.taken, self._prober.failed),
                 seconds=(self._probe_seconds, time.monotonic() - self._fit_started),
             )
             trainer.print("\n".join(lines))
@@ -395,6 +456,6 @@ class GMARCallback(Callback):
     def _shrug(self, what: str, error: Exception, step: int) -> None:
         if self.on_error == "raise":
             raise error
-        self._session.say_once(
+        self._say(
             f"GMARCallback: {what} at step {step}, training goes on ({type(error).__name__}: {error})", what
         )

@@ -18,7 +18,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 
 from gmar_lightning.explain import faithfulness
-from gmar_lightning.explain.importance import head_weights
+from gmar_lightning.explain.importance import head_shares
 from gmar_lightning.explain.localisation import energy_in_mask, pointing_game
 from gmar_lightning.explain.perturbation import PIXEL_BASELINES, Baseline, check_baseline
 
@@ -318,12 +318,12 @@ class HeadImportance(Metric):
 
         Returns:
             "mean" and "std" (with Bessel's correction) of the raw importance, and "share": the mean as a share
-            of its layer.
+            of its layer, 0 everywhere in a layer without gradient.
         """
         count, mean, squares = self.moments
         mean = mean.where(count > 0, torch.nan)
         std = (squares / (count - 1)).where(count > 1, torch.nan).sqrt()
-        return {"mean": mean, "std": std, "share": head_weights(mean)}
+        return {"mean": mean, "std": std, "share": head_shares(mean)}
 
 
 def _merged(moments: Tensor) -> Tensor:

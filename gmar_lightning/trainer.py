@@ -1,4 +1,4 @@
-"""What the callback asks of a Trainer: data, folder, names, precision, the module to run."""
+"""Every question the callback asks of a Trainer: probe images, folder, names, position, the module to run."""
 
 from __future__ import annotations
 
@@ -8,18 +8,73 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 
+from gmar_lightning.arguments import ConfigurationError
 from gmar_lightning.explain.isolation import undisturbed
 from gmar_lightning.monitor.attributes import attributes_kept
-from gmar_lightning.monitor.measurement import agreed_probe
-from gmar_lightning.monitor.probe import ProbeBatch, draw_probe
+from gmar_lightning.monitor.probe import ProbeBatch, agreed_probe, draw_probe
+from gmar_lightning.monitor.processes import ProbeError
+from gmar_lightning.monitor.say import SayOnce
+from gmar_lightning.show.render import enlarged, to_uint8_image
 
 
-def draw_from_validation(trainer: Trainer, pl_module: LightningModule, num_images: int) -> ProbeBatch | None:
+def probe_images(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    given: ProbeBatch | None,
+    *,
+    num_images: int,
+    target: str | int,
+    say: SayOnce,
+) -> ProbeBatch:
+    """The probe images: the user's own, or drawn from the validation set.
+
+    Raises:
+        ConfigurationError: When there are none, or no labels where the target needs them.
+    """
+    try:
+        probe = given or _draw_from_validation(trainer, pl_module, num_images)
+    except (ValueError, ProbeError) as error:
+        raise ConfigurationError(f"GMARCallback: {error}") from error
+    if probe is None:
+        raise ConfigurationError(
+            "GMARCallback found no validation dataloader to draw its images from; add one, or pass "
+            "probe_batch=(images, labels)"
+        )
+    if given is None and len(probe) < num_images:
+        say(f"GMARCallback: num_images={num_images}, but the validation set has {len(probe)}; using all")
+    if target == "label" and probe.labels is None:
+        raise ConfigurationError(
+            'target="label" needs labels, and the validation batches have none; use target="predicted" or '
+            "pass probe_batch=(images, labels)"
+        )
+    return probe
+
+
+def photographs(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    images: Tensor,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    say: SayOnce,
+) -> list[np.ndarray]:
+    """The probe images as they looked before normalisation, uint8; none where they cannot be drawn."""
+    known_mean, known_std = normalisation_of(trainer, pl_module)
+    try:
+        return [enlarged(to_uint8_image(image, mean or known_mean, std or known_std)) for image in images]
+    except Exception as error:
+        # One process draws; nothing it meets may keep it from the others.
+        say(f"GMARCallback: the probe images cannot be drawn ({error}); numbers only")
+        return []
+
+
+def _draw_from_validation(trainer: Trainer, pl_module: LightningModule, num_images: int) -> ProbeBatch | None:
     """The probe images, from the validation set and through the batch-transfer hooks; None without one.
 
     Raises:
@@ -83,7 +138,9 @@ def _first_of(loaders: Any) -> Any:
 
 def default_folder(trainer: Trainer, callback: Callback) -> Path:
     """`<log dir>/gmar`, beside the checkpoints; `gmar_2` for a second callback of the same kind."""
-    alike = [other for other in vars(trainer)["callbacks"] if type(other) is type(callback)]
+    # Lightning sets this attribute in its callback connector, where type checkers do not see it.
+    callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009
+    alike = [other for other in callbacks if type(other) is type(callback)]
     name = "gmar" if alike[0] is callback else f"gmar_{alike.index(callback) + 1}"
     if not trainer.loggers:
         return Path(trainer.default_root_dir) / name
@@ -110,7 +167,7 @@ def _is_wrapped_by_fsdp(trainer: Trainer) -> bool:
 
 def is_smoke_test(trainer: Trainer) -> bool:
     """Whether this is a `fast_dev_run`: one probe, no record."""
-    return bool(vars(trainer).get("fast_dev_run"))
+    return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def log_position(trainer: Trainer, ended: bool = False) -> int:

@@ -172,11 +172,13 @@ def test_record_of_a_run(tmp_path: Path) -> None:
     last = history.records[-1]
     images = Images(16, seed=1).images[[0, 1, 2, 3, 4, 5, 6, 7]]
     alone = gmar(module, images, torch.tensor(history.run["labels"]))
-    np.testing.assert_allclose(last["importance"], alone.importance.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(history.heatmaps(last["step"]), alone.heatmaps, rtol=2e-3, atol=1e-8)
-    assert last["predictions"] == alone.logits.argmax(-1).tolist()
-    assert last["metrics"]["val/accuracy"] == pytest.approx(float(trainer.callback_metrics["val/accuracy"]))
-    assert last["seconds"] > 0
+    np.testing.assert_allclose(last.importance, alone.importance.mean(0), rtol=5e-4)  # 4 digits are stored
+    np.testing.assert_allclose(
+        history.heatmaps(last.step), alone.heatmaps, atol=float(alone.heatmaps.max()) / 500
+    )
+    assert list(last.predictions) == alone.logits.argmax(-1).tolist()
+    assert last.metrics["val/accuracy"] == pytest.approx(float(trainer.callback_metrics["val/accuracy"]))
+    assert last.seconds > 0
     for path in (tmp_path / "gmar" / "heatmaps").rglob("*.jpg"):
         assert Image.open(path).size[0] >= SIZE
     assert [step for step, _ in rows.of_gmar()] == history.steps.tolist()

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from gmar_lightning import History
-from gmar_lightning.monitor.measurement import measure
+from gmar_lightning.monitor.explanation import explain_together
 from gmar_lightning.monitor.probe import draw_probe
+from gmar_lightning.monitor.settings import ProbeSettings
 from tests.helpers.many_processes import DDP_ROWS
 from tests.helpers.tiny import Classifier, loaders, run_and_digest, watcher
 
@@ -62,24 +63,26 @@ def test_numbers_do_not_depend_on_the_number_of_processes(name: str, ran: Any) -
     place = ran[0] / name.replace(" ", "_")
     record = History.load(place / "gmar").records
     assert len(record) >= 3
-    assert not any(line["error"] for line in record)
+    assert not any(line.failure for line in record)
     module = DDP_ROWS[name][0]()
     module.load_state_dict(torch.load(place / "last.pt"))
     probe = draw_probe(loaders()[1], DDP_ROWS[name][2].get("num_images", 8))
-    alone = measure(module, probe)
-    np.testing.assert_allclose(record[-1]["importance"], alone.importance, rtol=1e-5)
-    np.testing.assert_allclose(record[-1]["probabilities"], alone.probabilities.max(-1), rtol=1e-5)
-    assert record[-1]["predictions"] == alone.logits.argmax(-1).tolist()
-    maps = History.load(place / "gmar").heatmaps(record[-1]["step"])
-    np.testing.assert_allclose(maps, alone.heatmaps, atol=2e-3 * alone.heatmaps.max())  # stored as float16
+    alone = explain_together(module, probe, ProbeSettings())
+    # 4 digits and 8 bits are stored.
+    np.testing.assert_allclose(record[-1].importance, alone.signals()["importance"], rtol=5e-4)
+    probabilities = torch.from_numpy(alone.logits).softmax(-1).amax(-1)
+    np.testing.assert_allclose(record[-1].probabilities, probabilities, rtol=5e-4)
+    assert list(record[-1].predictions) == alone.logits.argmax(-1).tolist()
+    maps = History.load(place / "gmar").heatmaps(record[-1].step)
+    np.testing.assert_allclose(maps, alone.maps["gradient"], atol=2e-3 * alone.maps["gradient"].max())
 
 
 def test_failure_on_one_process_is_everyones_failure(ran: Any) -> None:
     record = History.load(ran[0] / "failure_on_one_process" / "gmar").records
-    errors = [line["error"] for line in record if line["error"]]
+    errors = [line.failure for line in record if line.failure]
     assert errors
     assert all("on process 1: RuntimeError: only here" in error for error in errors)
-    assert len([line for line in record if line["importance"]]) >= 2
+    assert len([line for line in record if line.importance is not None]) >= 2
 
 
 @pytest.mark.parametrize("kind", ["fully_shard", "FullyShardedDataParallel"])

@@ -54,6 +54,12 @@ def test_every_file_gets_a_picture(checkpoint, photographs, tmp_path, capsys):
     half = picture.shape[1] // 2
     left, right = picture[:, : half - 4].astype(int), picture[:, -half + 4 :].astype(int)
     assert np.abs(left - right).mean() > 5, "the heat is missing"
+    heads = np.asarray(Image.open(out / "a_heads.png"))
+    # below the grids, a row of three heads for each of the two layers, none of them blank
+    assert heads.shape[0] > 2 * 96
+    assert heads.shape[1] >= 3 * 96
+    tiles = heads[-12 - 96 - 6 : -12 - 6, : 3 * (96 + 6)].astype(int)
+    assert np.ptp(tiles[:, 6:-6], axis=(0, 1)).min() > 60
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 3
     assert any(name in printed[0] for name in ("cat", "dog", "猫"))

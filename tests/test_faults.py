@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gmar_lightning import History
 from gmar_lightning.monitor.probe import ProbeBatch
+from gmar_lightning.monitor.record import ProbeRecord
 from tests.helpers.tiny import CLASSES, Classifier, Images, Rows, fit, images_of, loaders, watcher
 
 
@@ -34,7 +35,7 @@ def run(folder: Path, module: Any = None, callbacks: Any = (), **changes: Any) -
     return [sentence for sentence in said if "takes numbers only" not in sentence], trainer, rows
 
 
-def lines(folder: Path) -> list[dict[str, Any]]:
+def lines(folder: Path) -> list[ProbeRecord]:
     return History.load(folder / "gmar").records
 
 
@@ -79,8 +80,8 @@ def test_nan_and_infinite_logits(value: float, tmp_path: Path) -> None:
     assert len([sentence for sentence in said if "NaN or infinite at step 5" in sentence]) == 1
     assert len(said) == 1, said
     record = lines(tmp_path)
-    assert [event["kind"] for line in record for event in line["events"]].count("nonfinite") >= 1
-    assert record[1]["importance"][0][0] > 0
+    assert [event.kind for line in record for event in line.events].count("nonfinite") >= 1
+    assert record[1].importance[0, 0] > 0
     assert len(rows.of_gmar()) == len(record) == 9
 
 
@@ -121,9 +122,9 @@ def test_out_of_memory_halves_the_micro_batch(error: Exception, tmp_path: Path) 
     assert "takes 2 image(s) at a time" in said[0]
     plain = tmp_path / "plain"
     run(plain, hooked(lambda forwards, images: None))
-    assert not any(line["error"] for line in lines(tmp_path))
+    assert not any(line.failure for line in lines(tmp_path))
     first, whole = lines(tmp_path)[0], lines(plain)[0]
-    np.testing.assert_allclose(first["importance"], whole["importance"], rtol=1e-5)
+    np.testing.assert_allclose(first.importance, whole.importance, rtol=1e-5)
     assert len(lines(tmp_path)) == 9
 
 
@@ -136,7 +137,7 @@ def test_out_of_memory_with_one_image_is_a_failed_probe(tmp_path: Path) -> None:
     assert "probe at step 0 failed" in said[0]
     assert "out of memory with one image at a time" in said[0]
     assert said[1].endswith("3 probes in a row failed; no more probes in this run")
-    assert [line["error"] is None for line in lines(tmp_path)] == [False] * 3
+    assert [line.failure is None for line in lines(tmp_path)] == [False] * 3
 
 
 def test_real_memory_runs_out(tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_three_failures_in_a_row_switch_it_off_and_a_success_starts_the_count_ag
         "GMARCallback: the probe at step 1 failed, training goes on (RuntimeError: no luck)",
         "GMARCallback: 3 probes in a row failed; no more probes in this run",
     ]
-    assert [line["error"] is None for line in lines(tmp_path)] == [
+    assert [line.failure is None for line in lines(tmp_path)] == [
         True,
         False,
         False,
@@ -199,8 +200,8 @@ def test_forward_that_changes_its_output_type_in_mid_run(tmp_path: Path) -> None
 
 def test_labels_missing_in_mid_run(tmp_path: Path) -> None:
     def forget(trainer: Any, module: Any) -> None:
-        session = trainer.callbacks[0]._session
-        session.probe = ProbeBatch(session.probe.images, None)
+        prober = trainer.callbacks[0]._prober
+        prober.probe = ProbeBatch(prober.probe.images, None)
 
     said, _, _ = run(tmp_path, callbacks=[At(5, forget)], target="label")
     assert len(said) == 2
@@ -258,7 +259,7 @@ def test_file_size_limit_tears_no_line(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert len([sentence for sentence in said if "record failed" in sentence]) == 1, said
     assert len(lines(tmp_path)) == 3
-    assert [line["global_step"] for line in lines(tmp_path)] == [0, 2, 4]
+    assert [line.global_step for line in lines(tmp_path)] == [0, 2, 4]
 
 
 def test_file_in_place_of_the_folder(tmp_path: Path) -> None:
@@ -331,12 +332,12 @@ def test_image_that_cannot_be_encoded(tmp_path: Path) -> None:
 
 
 def test_pictures_that_fail_leave_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gmar_lightning import opening
+    from gmar_lightning import trainer as questions
 
     def fails(*args: Any) -> Any:
         raise ValueError("not an image")
 
-    monkeypatch.setattr(opening, "to_uint8_image", fails)
+    monkeypatch.setattr(questions, "to_uint8_image", fails)
     said, _, rows = run(tmp_path)
     assert said == ["GMARCallback: the probe images cannot be drawn (not an image); numbers only"]
     assert len(rows.of_gmar()) == 9

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torchmetrics import MetricCollection
 
-from gmar_lightning.explain import faithfulness
+from gmar_lightning.explain import faithfulness, localisation
 from gmar_lightning.explain.gmar import gmar
 from gmar_lightning.metrics import (
     AverageDrop,
@@ -85,8 +85,8 @@ def test_localisation_over_batches():
     masks = torch.rand(5, 8, 12) > 0.6
     masks[4] = False  # no object: left out, and said so
     for kind, measure in (
-        (PointingGame, faithfulness.pointing_game),
-        (EnergyInMask, faithfulness.energy_in_mask),
+        (PointingGame, localisation.pointing_game),
+        (EnergyInMask, localisation.energy_in_mask),
     ):
         metric = kind()
         metric.update(heat[:2], masks[:2])
@@ -254,7 +254,7 @@ def test_two_processes_agree_with_one(tmp_path, batch):
     expected = [
         faithfulness.insertion(model, images, heatmaps, targets, steps=2).nanmean(),
         faithfulness.saco(model, images, heatmaps, targets, groups=3).nanmean(),
-        faithfulness.pointing_game(heatmaps, images.mean(1) > 0).nanmean(),
+        localisation.pointing_game(heatmaps, images.mean(1) > 0).nanmean(),
     ]
     for rank in (0, 1):
         found, heads = torch.load(tmp_path / f"{rank}.pt")

@@ -135,7 +135,10 @@ def test_wheel_holds_types_and_template_and_nothing_else(dist):
     (wheel,) = dist.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "gmar_lightning/py.typed" in names
-    assert "gmar_lightning/show/report.html" in names
+    page = [path.name for path in (ROOT / "gmar_lightning" / "show" / "page").glob("*.js")]
+    assert len(page) > 5
+    for name in ("report.html", "report.css", *(f"page/{script}" for script in page)):
+        assert f"gmar_lightning/show/{name}" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"gmar_lightning"}
 
 

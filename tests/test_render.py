@@ -1,3 +1,5 @@
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -178,7 +180,7 @@ def test_evolution_shows_a_collapse_as_a_dark_streak_on_its_row():
 @pytest.mark.parametrize("probes", [1, 2, 100, 1000, 5000])
 def test_evolution_stays_small_for_large_models_and_long_runs(probes):
     shares = np.full((probes, 24, 16), 1 / 16)
-    picture = evolution_raster(shares, np.arange(probes) * 100, [collapse_event(0, 23, 15)])
+    picture = evolution_raster(shares, np.arange(probes) * 100, [asdict(collapse_event(0, 23, 15))])
     assert picture.shape[0] < 1100
     assert picture.shape[1] < 1200
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from PIL import Image
 
 from gmar_lightning.monitor.history import History
 from gmar_lightning.show.report import run_names, write_report
-from tests.helpers.synthetic_history import make_history
+from tests.helpers.browser import Page, changed
+from tests.helpers.synthetic_history import FORMS, make_history
 
 HOSTILE = ["</script><script>window.hurt = 1</script>", '<b>bold</b> & "quoted"', "größe 猫 \u2028 {{data}}"]
 
@@ -25,31 +27,106 @@ def embedded(path: Path) -> dict:
     return json.loads(found[1])
 
 
+def numbers(text: str, top: int) -> np.ndarray:
+    """Bytes of the page as parts of `top`."""
+    return np.frombuffer(base64.b64decode(text), np.uint8) / top
+
+
+def nibbles(text: str) -> np.ndarray:
+    packed = np.frombuffer(base64.b64decode(text), np.uint8)
+    return np.stack([packed >> 4, packed & 15], axis=1).ravel() / 14
+
+
 def test_numbers_on_the_page_are_those_of_the_record(tmp_path):
-    history = make_history(tmp_path, probes=6, layers=3, heads=5, images=2, grid=(6, 9), companions=True)
+    history = make_history(
+        tmp_path, probes=6, layers=3, heads=5, images=2, grid=(6, 9), signals=True, forms=FORMS
+    )
     run = embedded(write_report(tmp_path))["runs"][0]
     assert [probe["step"] for probe in run["probes"]] == history.steps.tolist()
+    assert run["forms"] == list(FORMS)
+    assert "sink_token" not in run["signals"]
     for probe in run["probes"]:
         shares = np.frombuffer(base64.b64decode(probe["shares"]), "<u2").reshape(3, 5) / 65534
         np.testing.assert_allclose(shares, history.shares(probe["step"]), atol=1e-5)
-        maps = history.heatmaps(probe["step"])
-        heat = np.frombuffer(base64.b64decode(probe["maps"]["data"]), np.uint8).reshape(2, 6, 9) / 254
-        low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
-        np.testing.assert_allclose(heat, (maps - low) / (high - low), atol=3e-3)
-        entropy = np.frombuffer(base64.b64decode(probe["entropy"]), np.uint8) / 254
-        np.testing.assert_allclose(entropy, 0.5, atol=3e-3)
+        for form in FORMS:
+            maps = history.heatmaps(probe["step"], form)
+            read = nibbles if form != FORMS[0] else lambda text: numbers(text, 254)
+            heat = read(probe["maps"]["forms"][form]).reshape(2, 6, 9)
+            low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
+            atol = 3e-3 if form == FORMS[0] else 0.5 / 14 + 3e-3
+            np.testing.assert_allclose(heat, (maps - low) / (high - low), atol=atol)
+        for name, scale in run["signals"].items():
+            unit = numbers(probe["signals"][name], 254).reshape(3, 5)
+            value = scale["low"] + (unit**2 if scale["root"] else unit) * (scale["high"] - scale["low"])
+            truth = history.values(name, probe["step"])
+            if name == "contribution_signed":
+                truth = truth / history.values("contribution", probe["step"])
+            atol = (2 if scale["root"] else 1) * (scale["high"] - scale["low"]) / 500
+            np.testing.assert_allclose(value, truth.clip(scale["low"]), atol=atol, err_msg=name)
     photo = Image.open(io.BytesIO(base64.b64decode(run["images"]["0"][0]["data"])))
     assert photo.size == (64, 64)
 
 
-def test_a_full_run_fits_into_a_megabyte(tmp_path):
+def test_maps_of_heads_on_the_page_are_those_of_the_record(tmp_path):
+    history = make_history(
+        tmp_path, probes=9, layers=2, heads=3, images=2, grid=(5, 3), dead={(1, 2): 4}, head_maps_at=(0, 3)
+    )
+    shown = embedded(write_report(tmp_path))["runs"][0]["head_maps"]
+    # all heads at each kept probe; the flagged head also by itself, before and at its flag
+    assert [(entry["step"], entry["cells"]) for entry in shown["entries"]] == [
+        (0, None), (149, [5]), (149, None), (299, [5]), (299, None), (399, None),
+    ]  # fmt: skip
+    by_step = {record.step: history.head_maps_of(record) for record in history.records}
+    for entry in shown["entries"]:
+        # (images, cells, grid): every map as part of its own peak
+        maps = by_step[entry["step"]].reshape(2, 6, 5, 3)[:, entry["cells"] or slice(None)]
+        heat = nibbles(entry["data"]).reshape(maps.shape[1], 2, 16)[..., :15].reshape(-1, 2, 5, 3)
+        truth = (maps / maps.max(axis=(2, 3), keepdims=True)).swapaxes(0, 1)
+        np.testing.assert_allclose(heat, truth, atol=0.5 / 14 + 0.01)
+        peaks = by_step[entry["step"]].max(axis=(3, 4))
+        strength = (peaks / peaks.max(axis=2, keepdims=True)).reshape(2, 6)[:, entry["cells"] or slice(None)]
+        decades = 1 + np.log10(strength).T / 4
+        np.testing.assert_allclose(
+            numbers(entry["peaks"], 254).reshape(decades.shape), decades.clip(0), atol=0.01
+        )
+
+
+def test_a_full_run_fits_into_two_megabytes(tmp_path):
     make_history(
-        tmp_path, probes=100, layers=12, heads=12, images=8, grid=(14, 14), size=224, companions=True
+        tmp_path,
+        probes=100,
+        layers=12,
+        heads=12,
+        images=8,
+        grid=(14, 14),
+        size=224,
+        signals=True,
+        forms=FORMS,
+        dead={(1, 2): 6, (4, 5): 20, (7, 0): 60},
+        head_maps_at=tuple(range(0, 100, 7)),
     )
     path = write_report(tmp_path)
-    assert path.stat().st_size <= 1_000_000
+    assert path.stat().st_size < 2_000_000
     run = embedded(path)["runs"][0]
     assert len(run["probes"]) == run["total"] == 100
+    assert run["head_maps"]["images"] == 8
+    whole = [entry["step"] for entry in run["head_maps"]["entries"] if entry["cells"] is None]
+    assert {0, 4949} <= set(whole)
+    # what each dead head looked like before it died
+    alone = {(entry["step"], cell) for entry in run["head_maps"]["entries"] for cell in entry["cells"] or ()}
+    assert {(0, 14), (699, 53), (2799, 84)} <= alone
+
+
+@pytest.mark.slow
+def test_a_long_run_of_a_large_model_is_reported_in_seconds(tmp_path):
+    make_history(
+        tmp_path, probes=5000, layers=24, heads=16, images=8, grid=(16, 16), signals=True, forms=FORMS,
+        dead={(1, 2): 600}, head_maps_at=(0, 500, 2000), every=10,
+    )  # fmt: skip
+    started = time.monotonic()
+    path = write_report(tmp_path)
+    assert time.monotonic() - started < 20
+    assert path.stat().st_size < 3_000_000
 
 
 def test_a_long_run_is_thinned_evenly_and_keeps_its_ends(tmp_path):
@@ -57,7 +134,7 @@ def test_a_long_run_is_thinned_evenly_and_keeps_its_ends(tmp_path):
         tmp_path, probes=300, layers=12, heads=12, images=8, grid=(24, 24), dead={(1, 1): 150}
     )
     path = write_report(tmp_path)
-    assert 600_000 < path.stat().st_size <= 1_000_000
+    assert 1_200_000 < path.stat().st_size <= 2_000_000
     run = embedded(path)["runs"][0]
     steps = [probe["step"] for probe in run["probes"]]
     assert run["total"] == 300
@@ -99,8 +176,8 @@ def test_constant_and_broken_maps_are_not_stretched(tmp_path):
     history = make_history(tmp_path, probes=1, images=3)
     maps = np.random.default_rng(0).random((3, 8, 8))
     maps[0], maps[1, 2, 3] = 0.25 * (1 + 1e-5 * maps[0]), np.nan
-    history.append({**history.records[0], "step": 49, "global_step": 50}, maps)
-    heat = embedded(write_report(tmp_path))["runs"][0]["probes"][1]["maps"]["data"]
+    history.append(replace(history.records[0], step=49, global_step=50, maps={"paper": maps}))
+    heat = embedded(write_report(tmp_path))["runs"][0]["probes"][1]["maps"]["forms"]["paper"]
     shown = np.frombuffer(base64.b64decode(heat), np.uint8).reshape(3, 8, 8)
     assert (shown[0] == 0).all()
     assert (shown[1] == 255).sum() == 1
@@ -123,78 +200,9 @@ def test_a_folder_without_a_record_is_said_plainly(tmp_path):
 # ------------------------------------------------------------------ in a real browser
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    binary, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if binary is None or driver is None:
-        pytest.skip("no Chromium with its driver is installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in (
-        "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
-        "disable-background-networking", "disable-component-update", "window-size=1300,900",
-        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):  # fmt: skip
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
-
-
-class Page:
-    """A report in the browser."""
-
-    def __init__(self, browser, path: Path):
-        self.browser = browser
-        browser.get(path.as_uri())
-        until = time.monotonic() + 20
-        while not self.js("return document.body.dataset.ready"):
-            assert time.monotonic() < until, browser.get_log("browser")
-            time.sleep(0.05)
-
-    def js(self, script: str, *arguments):
-        return self.browser.execute_script(script, *arguments)
-
-    def pixels(self, selector: str) -> list[int]:
-        """A thinned copy of a canvas."""
-        return self.js(
-            "const from = document.querySelector(arguments[0]);"
-            "const copy = new OffscreenCanvas(from.width, from.height);"
-            "const pen = copy.getContext('2d', {willReadFrequently: true}); pen.drawImage(from, 0, 0);"
-            "const data = pen.getImageData(0, 0, copy.width, copy.height).data;"
-            "return Array.from(data).filter((_, k) => k % 13 === 0)",
-            selector,
-        )
-
-    def slide(self, index: int) -> None:
-        self.js(
-            "const s = document.getElementById('slider'); s.value = arguments[0];"
-            "s.dispatchEvent(new Event('input', {bubbles: true}))",
-            index,
-        )
-
-    def press(self, key: str, selector: str = "body") -> None:
-        from selenium.webdriver import Keys
-
-        self.browser.find_element("css selector", selector).send_keys(getattr(Keys, key, key))
-
-    @property
-    def where(self) -> str:
-        return self.js("return document.getElementById('where').textContent")
-
-    def check_quiet(self) -> None:
-        assert self.browser.get_log("browser") == []
-
-
-def changed(before: list[int], after: list[int]) -> bool:
-    return len(before) != len(after) or sum(abs(a - b) > 8 for a, b in zip(before, after, strict=True)) > 3
-
-
 @pytest.mark.browser
 def test_slider_and_keys_drive_every_picture(chromium, tmp_path):
-    make_history(tmp_path, probes=12, dead={(1, 2): 3}, class_names=HOSTILE, companions=True)
+    make_history(tmp_path, probes=12, dead={(1, 2): 3}, class_names=HOSTILE, signals=True)
     page = Page(chromium, write_report(tmp_path))
     assert page.where.endswith("12 of 12")
     assert page.js("return window.hurt") is None
@@ -241,7 +249,7 @@ def test_flags_jump_and_heads_are_chosen_by_mouse_and_keyboard(chromium, tmp_pat
 
 @pytest.mark.browser
 def test_opacity_and_colours_change_what_is_seen(chromium, tmp_path):
-    make_history(tmp_path, probes=3, companions=True)
+    make_history(tmp_path, probes=3, signals=True)
     page = Page(chromium, write_report(tmp_path))
     warm, grid = page.pixels("#photos canvas"), page.pixels("#grids canvas")
     page.js("const o = document.getElementById('opacity'); o.value = 0; o.dispatchEvent(new Event('input'))")

@@ -50,10 +50,10 @@ def check(folder: Path) -> History:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         history = History.load(folder / "gmar")
-    assert all(record["importance"] and not record["error"] for record in history.records)
+    assert all(record.importance is not None and not record.failure for record in history.records)
     for record in history.records:
-        stem = record["maps"]
-        assert np.load(folder / "gmar" / "maps" / f"{stem}.npz")["heatmaps"].shape[0] == 8
+        stem = record.stored_maps
+        assert np.load(folder / "gmar" / "maps" / f"{stem}.npz")["levels"].shape[1] == 8
         assert len(list((folder / "gmar" / "heatmaps" / stem).glob("*.jpg"))) == 2
     assert len(list((folder / "gmar" / "maps").glob("*.npz"))) == len(EXPECTED)
     assert [segment["segment"] for segment in history.run["segments"]] == [0]
@@ -93,8 +93,8 @@ def test_killed_at_a_step_and_resumed(step: int, tmp_path: Path, uninterrupted: 
     history = check(tmp_path)
     # Up to the last checkpoint the two runs are one.
     for ours, whole in zip(history.records, uninterrupted.records, strict=True):
-        if ours["global_step"] <= SAVED_EVERY * ((step - 1) // SAVED_EVERY):
-            assert ours["importance"] == whole["importance"]
+        if ours.global_step <= SAVED_EVERY * ((step - 1) // SAVED_EVERY):
+            np.testing.assert_array_equal(ours.importance, whole.importance)
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_ctrl_c_closes_the_record_and_writes_the_report(tmp_path: Path) -> None:
     assert "probes     5" in said(tmp_path)
     assert "Traceback" not in said(tmp_path)
     record = History.load(tmp_path / "gmar").records
-    assert [line["global_step"] for line in record] == [0, 2, 4, 6, 8]
+    assert [line.global_step for line in record] == [0, 2, 4, 6, 8]
     assert "</html>" in (tmp_path / "gmar" / "report.html").read_text()
     assert finish(tmp_path) == 0
     check(tmp_path)
@@ -132,7 +132,7 @@ def test_changed_validation_images_start_a_segment(tmp_path: Path) -> None:
             ckpt_path=str(tmp_path / "a.ckpt"),
         )  # fmt: skip
     history = History.load(tmp_path / "gmar")
-    by_segment = [(record["global_step"], record["segment"]) for record in history.records]
+    by_segment = [(record.global_step, record.segment) for record in history.records]
     assert by_segment == [(0, 0), (3, 0), (4, 0), (6, 1), (8, 1)]
     first, second = history.run["segments"]
     assert first["fingerprint"] != second["fingerprint"]
@@ -159,7 +159,7 @@ def test_detector_goes_on_where_it_was(tmp_path: Path) -> None:
     assert shapes == [[2, 2], [2, 2]]
     statuses = [{state.status for row in c.detector.states for state in row} for c in (first, second)]
     assert statuses == [{"warming"}, {"alive"}]  # 4 probes before the checkpoint, 4 after it
-    steps = [record["global_step"] for record in History.load(tmp_path / "gmar").records]
+    steps = [record.global_step for record in History.load(tmp_path / "gmar").records]
     assert steps == [0, 2, 3, 4, 5, 6, 7, 8]  # 0 and 1 share the logger's x
 
 
@@ -179,7 +179,7 @@ def test_no_probe_is_lost_when_every_step_is_probed_and_the_checkpoint_is_made_i
         ckpt_path=str(tmp_path / "a.ckpt"),
         **settings,
     )
-    steps = [record["global_step"] for record in History.load(tmp_path / "gmar").records]
+    steps = [record.global_step for record in History.load(tmp_path / "gmar").records]
     assert steps == [0, 2, 3, 4]
 
 
@@ -197,7 +197,7 @@ def test_resuming_without_a_state_starts_a_record(tmp_path: Path) -> None:
         tmp_path, Classifier(), loaders(16), callbacks=[watcher(tmp_path)], max_epochs=2,
         ckpt_path=str(tmp_path / "a.ckpt"),
     )  # fmt: skip
-    assert [record["global_step"] for record in History.load(tmp_path / "gmar").records] == [4, 6, 8]
+    assert [record.global_step for record in History.load(tmp_path / "gmar").records] == [4, 6, 8]
 
 
 def test_record_folder_that_is_gone_is_started_again(tmp_path: Path) -> None:
@@ -210,4 +210,4 @@ def test_record_folder_that_is_gone_is_started_again(tmp_path: Path) -> None:
         tmp_path, Classifier(), loaders(16), callbacks=[watcher(tmp_path)], max_epochs=2,
         ckpt_path=str(tmp_path / "a.ckpt"),
     )  # fmt: skip
-    assert [record["global_step"] for record in History.load(tmp_path / "gmar").records] == [6, 8]
+    assert [record.global_step for record in History.load(tmp_path / "gmar").records] == [6, 8]

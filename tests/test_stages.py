@@ -146,7 +146,7 @@ def test_fit_called_again_with_other_validation_images(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="starts a new segment"):
         trainer.fit(module, data[0], DataLoader(Images(8, seed=5), 4))
     history = History.load(tmp_path / "gmar")
-    assert [record["segment"] for record in history.records] == [0, 0, 0, 1, 1]
+    assert [record.segment for record in history.records] == [0, 0, 0, 1, 1]
     assert len(history.run["segments"]) == 2
 
 

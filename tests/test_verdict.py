@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from gmar_lightning.__main__ import main
 from gmar_lightning.monitor.history import History
+from gmar_lightning.monitor.record import effective_heads
 from gmar_lightning.show.compare import compare, layer_change
-from gmar_lightning.show.verdict import collapses, effective_heads, judge
+from gmar_lightning.show.verdict import collapses, judge
 from tests.helpers.synthetic_history import collapse_event, make_history
 
 
@@ -16,11 +19,9 @@ def add_probe(
     history: History, kind: str | None = None, layer: int | None = 1, head: int | None = 2, **changes
 ):
     last = history.records[-1]
-    step = last["step"] + 50
-    events = [{**collapse_event(step, 1, 2, kind), "layer": layer, "head": head}] if kind else []
-    history.append(
-        {**last, "step": step, "global_step": last["global_step"] + 50, "events": events, **changes}
-    )
+    step = last.step + 50
+    events = (collapse_event(step, layer, head, kind),) if kind else ()
+    history.append(replace(last, step=step, global_step=last.global_step + 50, events=events, **changes))
 
 
 def kinds(history: History) -> set[str]:
@@ -52,7 +53,7 @@ def test_a_recovered_head_is_no_alarm_and_a_second_collapse_is(tmp_path):
     add_probe(history, "recovered")
     assert judge(history).healthy
     assert "recovered" in kinds(history)
-    assert collapses(history)[0].recovered_step == history.records[-1]["step"]
+    assert collapses(history)[0].recovered_step == history.records[-1].step
     add_probe(history, "collapsed")
     assert judge(history).headline == "heads collapsed"
 
@@ -95,7 +96,7 @@ def test_divergence_is_told_from_noise_and_overfitting(tmp_path):
 
 def test_nothing_learned_needs_flat_accuracy_and_flat_loss(tmp_path):
     def flat(record, accuracy, loss):
-        return {**record, "metrics": {"val_acc": accuracy, "train_loss": loss}}
+        return replace(record, metrics={"val_acc": accuracy, "train_loss": loss})
 
     history = still(tmp_path)
     records = [flat(r, 0.1 + 0.01 * (k % 2), 2.30 - 0.001 * k) for k, r in enumerate(history.records)]
@@ -108,11 +109,11 @@ def test_nothing_learned_needs_flat_accuracy_and_flat_loss(tmp_path):
 
 def test_drift_is_reported_by_its_number(tmp_path):
     history = still(tmp_path)
-    drift = {"rank_correlation_first": [0.1, 0.2, None]}
+    drift = {"rank_correlation_first": np.array([0.1, 0.2, np.nan])}
     add_probe(history, drift=drift)
     finding = next(f for f in judge(history).findings if f.kind == "drift")
     assert "0.15" in finding.text
-    add_probe(history, drift={"rank_correlation_first": [0.9, 0.8, 0.95]})
+    add_probe(history, drift={"rank_correlation_first": np.array([0.9, 0.8, 0.95])})
     assert "drift" not in kinds(history)
 
 
@@ -136,8 +137,8 @@ def test_effective_heads_by_hand():
 def test_layer_change_is_last_over_first(tmp_path):
     history = still(tmp_path)
     first = history.importance(0)
-    add_probe(history, importance=np.concatenate([first[:1] * 3, first[1:] / 2]))
-    np.testing.assert_allclose(layer_change(history), [3.0, 0.5, 0.5, 0.5])
+    add_probe(history, signals={"importance": np.concatenate([first[:1] * 3, first[1:] / 2])})
+    np.testing.assert_allclose(layer_change(history), [3.0, 0.5, 0.5, 0.5], rtol=1e-6)
 
 
 def test_comparison_says_who_collapsed_where(tmp_path):

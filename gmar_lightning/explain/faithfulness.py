@@ -202,22 +202,45 @@ def saco(
 
 
 def live_faithfulness(
+    model: nn.Module, images: Images, targets: Tensor, heatmaps: Tensor, *, seed: int = 0, **settings: Any
+) -> dict[str, float]:
+    """Means over the images of `faithfulness_per_image`, with random maps drawn from `seed`; NaN without any.
+
+    Args:
+        model: As for `gmar`; so are `images` and `targets`, and `heatmaps` are those in question.
+        images: `(batch, channels, height, width)`.
+        targets: `(batch,)`.
+        heatmaps: `(batch, grid_h, grid_w)`.
+        seed: Of the random maps.
+        settings: `rollout`, `steps`, `baseline`, `mean` and `std` of `faithfulness_per_image`.
+    """
+    noise = random_maps(heatmaps.shape, seed)
+    values = faithfulness_per_image(model, images, targets, heatmaps, noise, **settings)
+    return {name: float(each.nanmean()) for name, each in values.items()}
+
+
+def random_maps(shape: Sequence[int], seed: int = 0) -> Tensor:
+    """Maps `(images, grid_h, grid_w)` uniform in [0, 1); draws nothing from the global random state."""
+    return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(seed))
+
+
+def faithfulness_per_image(
     model: nn.Module,
     images: Images,
     targets: Tensor,
     heatmaps: Tensor,
+    noise: Tensor,
     *,
     rollout: Tensor | None = None,
     steps: int = 5,
     baseline: Baseline = "mean",
-    seed: int = 0,
     mean: Channels = None,
     std: Channels = None,
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     """Insertion minus deletion and average drop of a map, beside a random map and plain rollout.
 
     Without the two beside it a number says little: an untrained model scores like random, and a centred
-    object is found by any map. Draws nothing from the global random state.
+    object is found by any map.
 
     Cost per image: `6 steps - 1` forwards (29 for 5 steps), and a forward and a backward more when the rollout
     is not handed in; "attention" two more, since the average drop is then taken against "mean".
@@ -227,24 +250,23 @@ def live_faithfulness(
         images: `(batch, channels, height, width)`.
         targets: `(batch,)`, the classes explained.
         heatmaps: `(batch, grid_h, grid_w)`, the map in question.
+        noise: `(batch, grid_h, grid_w)`, the random map of each image, see `random_maps`.
         rollout: `(batch, grid_h, grid_w)`, plain attention rollout; None computes it with
             `gmar(norm="uniform", rollout="flow")`.
         steps: As for `insertion`.
         baseline: What removed cells show, the same for insertion and deletion.
-        seed: Of the random map.
         mean: Channel means that the images were normalised with; only "black" needs them.
         std: Channel standard deviations, likewise.
 
     Returns:
-        Means over the images: "insertion_minus_deletion" and "average_drop" of the map in question, and each
-        with "_random" and "_rollout" for the two beside it. NaN when no map is finite.
+        `(batch,)` each: "insertion_minus_deletion" and "average_drop" of the map in question, and each with
+        "_random" and "_rollout" for the two beside it. NaN where the map is not finite.
     """
     check_steps(steps)
     if rollout is None:
         rollout = gmar(model, images, targets, norm="uniform", rollout="flow").heatmaps
-    noise = torch.rand(heatmaps.shape, generator=torch.Generator().manual_seed(seed))
     maps = {"": heatmaps, "_random": noise.to(heatmaps.device), "_rollout": rollout}
-    values: dict[str, float] = {}
+    values: dict[str, Tensor] = {}
     with perturbing(model, images, heatmaps, targets, baseline=baseline, mean=mean, std=std) as probe:
         shown = Perturbation(model, images, heatmaps, targets, "mean", mean, std)
         for name, drawn in maps.items():
@@ -252,8 +274,8 @@ def live_faithfulness(
                 probe, drawn, steps, insert=False
             )
             drop = relative_drop(shown if baseline == "attention" else probe, drawn)
-            values[f"insertion_minus_deletion{name}"] = float(_where_finite(drawn, area).nanmean())
-            values[f"average_drop{name}"] = float(_where_finite(drawn, drop).nanmean())
+            values[f"insertion_minus_deletion{name}"] = _where_finite(drawn, area)
+            values[f"average_drop{name}"] = _where_finite(drawn, drop)
     return values
 
 

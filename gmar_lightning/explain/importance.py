@@ -31,6 +31,24 @@ def head_weights(importance: Tensor) -> Tensor:
     return weights.masked_fill(importance.isnan(), torch.nan)
 
 
+def head_shares(importance: Tensor) -> Tensor:
+    """Each head's share of its layer's importance, as it is recorded, judged and shown.
+
+    Unlike `head_weights`, which has to hand a rollout something to average with, a layer that receives no
+    gradient has nothing to share.
+
+    Args:
+        importance: `(..., layers, heads)`, non-negative; NaN where a layer has fewer heads than the widest one.
+
+    Returns:
+        The same shape: sums to 1 over the heads of a layer, or 0 everywhere in a layer without gradient. NaN
+        where importance is not finite.
+    """
+    known = importance.isfinite()
+    total = importance.where(known, 0).sum(-1, keepdim=True)
+    return torch.where(total > 0, importance / total, 0.0).masked_fill(~known, torch.nan)
+
+
 def equal_weights(importance: Tensor) -> Tensor:
     """The same weight for every head of a layer; NaN where importance is NaN."""
     return head_weights(torch.ones_like(importance).masked_fill(importance.isnan(), torch.nan))

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gmar_lightning.monitor.events import HeadEvent, HeadState, ProbeReport, nonfinite_event
+from gmar_lightning.monitor.events import EventKind, HeadEvent, HeadState, ProbeReport, nonfinite_event
 from gmar_lightning.monitor.latch import HOLD, HeldPeak, Latch, restored
 from gmar_lightning.monitor.levels import lower_median, most, most_of_the_others, shares
 from gmar_lightning.monitor.reading import as_array, checked_names, nonfinite
@@ -304,12 +304,13 @@ class CollapseDetector:
         self._low = np.where(collapsed | dormant, report.raw, self._low)
 
         events = []
-        for kind, mask, latch in (
+        judged: tuple[tuple[EventKind, np.ndarray, Latch], ...] = (
             ("collapsed", collapsed, self._collapsed),
             ("recovered", recovered, self._collapsed),
             ("dormant", dormant, self._dormant),
             ("woke", woke, self._dormant),
-        ):
+        )
+        for kind, mask, latch in judged:
             events += [report.head(kind, layer, head, since) for layer, head, since in _where(mask, latch)]
         return events
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +12,10 @@ from torch import nn
 
 from gmar_lightning.explain.ablation import ablate_heads
 from gmar_lightning.monitor.events import HeadEvent
-from gmar_lightning.monitor.measurement import Measurement, on_every_process, share_of
+from gmar_lightning.monitor.explanation import Explanation
 from gmar_lightning.monitor.probe import ProbeBatch
-from gmar_lightning.monitor.sharding import gathered
+from gmar_lightning.monitor.processes import joined, on_every_process, rows_of_process
+from gmar_lightning.monitor.settings import ProbeSettings
 
 Heads = list[tuple[int, int]]
 
@@ -24,12 +23,10 @@ Heads = list[tuple[int, int]]
 def confirm_by_ablation(
     model: nn.Module,
     probe: ProbeBatch,
-    found: Measurement,
+    explanation: Explanation,
     events: Sequence[HeadEvent],
     flagged: Sequence[tuple[int, int]],
-    *,
-    module: str | None = None,
-    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    settings: ProbeSettings,
 ) -> list[HeadEvent]:
     """Measure what newly collapsed heads still contribute.
 
@@ -37,13 +34,12 @@ def confirm_by_ablation(
     forwards over the probe images, however many heads were flagged.
 
     Args:
-        model: The model that was probed.
+        model: The model that was probed, held whole by every process.
         probe: The probe images.
-        found: What the probe found; its logits are those of the intact model.
+        explanation: What the probe found; its logits are those of the intact model.
         events: What the detector reported.
         flagged: Heads flagged now, `(layer, head)`; no control for the others.
-        module: Dotted path of the classifier inside `model`.
-        precision: Makes the context that the training forward runs under.
+        settings: As the probe was taken.
 
     Returns:
         The events, collapses with their measured effect and a message that says it.
@@ -55,24 +51,23 @@ def confirm_by_ablation(
     ]
     if not collapsed:
         return list(events)
-    heads = np.isfinite(found.importance).sum(-1)
+    heads = np.isfinite(explanation.importance.mean(0)).sum(-1)
     control = _control(collapsed, set(flagged), heads)
-    rows = share_of(len(probe))
-    images, logits = probe.images[rows], torch.from_numpy(found.logits[rows])
-    targets = torch.from_numpy(found.targets[rows])
+    rows = rows_of_process(len(probe))
+    images, logits = probe.images[rows], torch.from_numpy(explanation.logits[rows])
+    targets = torch.from_numpy(explanation.targets[rows])
 
-    def effect() -> list[np.ndarray]:
-        with precision():
-            return [
-                _effect(model, images, targets, logits, chosen, module) for chosen in (collapsed, control)
-            ]
+    def effects() -> dict[str, np.ndarray]:
+        with settings.precision():
+            return {
+                name: _effect(model, images, targets, logits, chosen, settings.module)
+                for name, chosen in (("flagged", collapsed), ("control", control))
+            }
 
-    with gathered(model):
-        parts = on_every_process(effect)
-    # (chosen, image, logit or loss), images back in probe order
-    effects = np.stack([np.stack(part) for part in parts], 2).reshape(2, -1, 2)[:, : len(probe)].mean(1)
+    per_image = joined(on_every_process(effects), len(probe))
+    means = np.stack([per_image[name].mean(0) for name in ("flagged", "control")])
     return [
-        _annotated(event, effects, bool(control)) if event.kind == "collapsed" else event for event in events
+        _annotated(event, means, bool(control)) if event.kind == "collapsed" else event for event in events
     ]
 
 

@@ -1,36 +1,78 @@
 """How a record lies on disk: whole files replaced at once, lines that survive a killed process."""
 
+from __future__ import annotations
+
 import json
-import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
+Read = TypeVar("Read")
 
-def read_maps(path: Path) -> np.ndarray:
-    """Maps of one probe's `.npz`, float32 `(images, grid_h, grid_w)`."""
+# Maps are stored in whole numbers from 0 to this; the value after it is a patch that is not finite.
+_LEVELS = 254
+_NOT_FINITE = 255
+
+
+def read_maps(path: Path) -> dict[str, np.ndarray]:
+    """Maps of one probe's `.npz`: form to float32 `(images, grid_h, grid_w)`, the primary form first."""
     with np.load(path) as stored:
+        if "forms" in stored:
+            maps = _restored(stored["levels"], stored["low"], stored["high"])
+            return dict(zip(stored["forms"].tolist(), maps, strict=True))
+        # Format 1: one form without its name, float16, large and small ones divided by a factor per image.
         maps = stored["heatmaps"].astype(np.float32)
-        return maps * stored["scale"].reshape(-1, 1, 1) if "scale" in stored else maps
+        return {"": maps * stored["scale"].reshape(-1, 1, 1) if "scale" in stored else maps}
 
 
-def write_maps(path: Path, maps: np.ndarray) -> None:
-    """Store maps `(images, grid_h, grid_w)` as float16, with the factor of each image."""
-    # float16 ends at 6e-8 and 65504: maps outside its comfortable range are stored divided by a power of two
-    peak = np.nan_to_num(np.abs(maps), nan=0.0, posinf=0.0).max(axis=(1, 2), initial=0.0)
-    peak = np.where(peak > 0, peak, 1.0)
-    scale = np.where((peak < 2.0**-3) | (peak > 2.0**15), np.exp2(np.ceil(np.log2(peak))), 1.0)
-    scale = scale.astype(np.float32)
+def write_maps(path: Path, maps: Mapping[str, np.ndarray]) -> None:
+    """Store maps, form to `(images, grid_h, grid_w)`, in 8 bits between the extremes of each image's map."""
+    stacked = np.stack(list(maps.values()))
+    # All axes behind form and image are one map: the grid's two, or the one of a token sequence.
+    levels, low, high = _quantised(stacked, map_axes=stacked.ndim - 2)
+    write_arrays(path, {"forms": np.array(list(maps)), "levels": levels, "low": low, "high": high})
+
+
+def read_head_maps(path: Path) -> np.ndarray:
+    """Maps of heads, float32 `(images, layers, heads, grid_h, grid_w)`."""
+    with np.load(path) as stored:
+        return _restored(stored["levels"], stored["low"], stored["high"])
+
+
+def write_head_maps(path: Path, maps: np.ndarray) -> None:
+    """Store `(images, layers, heads, grid_h, grid_w)` in 8 bits between the extremes of each map."""
+    levels, low, high = _quantised(maps, map_axes=2)
+    write_arrays(path, {"levels": levels, "low": low, "high": high})
+
+
+def _quantised(maps: np.ndarray, map_axes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    maps = np.asarray(maps, dtype=np.float32)
+    axes = tuple(range(maps.ndim - map_axes, maps.ndim))
+    known = np.isfinite(maps)
+    low = np.where(known, maps, np.inf).min(axis=axes, keepdims=True)
+    high = np.where(known, maps, -np.inf).max(axis=axes, keepdims=True)
+    low, high = np.where(np.isfinite(low), low, 0.0), np.where(np.isfinite(high), high, 0.0)
+    spread = np.where(high > low, high - low, 1.0)
+    levels = np.where(known, (np.where(known, maps, low) - low) / spread * _LEVELS, _NOT_FINITE)
+    return levels.round().astype(np.uint8), low.astype(np.float32), high.astype(np.float32)
+
+
+def _restored(levels: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    maps = low + levels.astype(np.float32) / _LEVELS * (high - low)
+    return np.where(levels == _NOT_FINITE, np.float32(np.nan), maps)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an `.npz` so that a reader sees all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
-        np.savez(file, heatmaps=(maps / scale.reshape(-1, 1, 1)).astype(np.float16), scale=scale)
+        np.savez_compressed(file, allow_pickle=False, **arrays)
     partial.replace(path)
 
 
@@ -69,41 +111,18 @@ def append_line(path: Path, line: str) -> None:
         os.fsync(file.fileno())
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a `history.jsonl`, in order; what follows the last line break is a torn line."""
+def read_lines(path: Path, read: Callable[[Mapping[str, Any]], Read]) -> list[tuple[bytes, Read]]:
+    """Lines of a `history.jsonl`, in order, as they are and as `read` understands them.
+
+    What follows the last line break is a torn line; a line that cannot be understood is left out with a
+    warning.
+    """
     if not path.is_file():
         return []
-    lines = path.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines[:-1], start=1):
+    lines = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            record = json.loads(line)
-            position(record)
-        except (ValueError, KeyError, TypeError):
+            lines.append((line, read(json.loads(line))))
+        except (ValueError, KeyError, TypeError, AttributeError):
             warnings.warn(f"{path}: line {number} is damaged and left out", RuntimeWarning, stacklevel=3)
-            continue
-        records.append(record)
-    return records
-
-
-def position(record: Mapping[str, Any]) -> tuple[int, int]:
-    """Where a probe stands in the run."""
-    return record["global_step"], record["step"]
-
-
-def plain(value: Any) -> Any:
-    """The value as JSON knows it: NaN and infinity become null, arrays lists, dataclasses dictionaries."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    to_list = getattr(value, "tolist", None)  # numpy and torch, scalars included
-    if callable(to_list):
-        value = to_list()
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Path):
-        return str(value)
-    return value
+    return lines

@@ -1,6 +1,34 @@
 """How far heatmaps have moved: two maps of the same image, before and after, compared image by image."""
 
+from __future__ import annotations
+
 import numpy as np
+
+
+class DriftTracker:
+    """Compares each probe's heatmaps with those of the first probe and of the one before.
+
+    Args:
+        first: Maps of the first probe, `(images, grid_h, grid_w)`; None before there is one.
+        previous: Maps of the last probe.
+    """
+
+    def __init__(self, first: np.ndarray | None = None, previous: np.ndarray | None = None) -> None:
+        self._first, self._previous = first, previous
+
+    def compare(self, heatmaps: np.ndarray) -> dict[str, np.ndarray] | None:
+        """Rank correlation and top-20 % overlap per image; None at the first probe or after a change of shape."""
+        first, previous = self._first, self._previous
+        self._previous = heatmaps
+        if first is None or previous is None or first.shape != heatmaps.shape or first.ndim != 3:
+            self._first = heatmaps
+            return None
+        return {
+            "rank_correlation_first": rank_correlation(heatmaps, first),
+            "rank_correlation_previous": rank_correlation(heatmaps, previous),
+            "top20_overlap_first": top_overlap(heatmaps, first),
+            "top20_overlap_previous": top_overlap(heatmaps, previous),
+        }
 
 
 def rank_correlation(maps_a: np.ndarray, maps_b: np.ndarray) -> np.ndarray:

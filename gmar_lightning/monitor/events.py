@@ -4,8 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+
+EventKind = Literal[
+    "collapsed",
+    "recovered",
+    "dormant",
+    "woke",
+    "dominance",
+    "dominance_end",
+    "layer_vanishing",
+    "layer_restored",
+    "global_shrink",
+    "global_restored",
+    "nonfinite",
+]
 
 
 @dataclass(frozen=True)
@@ -14,8 +29,7 @@ class HeadEvent:
 
     Attributes:
         step: Step of the probe that decided it.
-        kind: `collapsed`, `recovered`, `dormant`, `woke`, `dominance`, `dominance_end`,
-            `layer_vanishing`, `layer_restored`, `global_shrink`, `global_restored`, `nonfinite`.
+        kind: One of `EventKind`.
         layer: Index of the layer; None for the whole model.
         head: Index of the head in its layer; None for a layer or the whole model.
         layer_name: Name of the layer; empty for the whole model.
@@ -31,7 +45,7 @@ class HeadEvent:
     """
 
     step: int
-    kind: str
+    kind: EventKind
     layer: int | None
     head: int | None
     layer_name: str
@@ -87,7 +101,7 @@ class ProbeReport:
     peak_share: np.ndarray
     heads: np.ndarray
 
-    def head(self, kind: str, layer: int, head: int, since: int) -> HeadEvent:
+    def head(self, kind: EventKind, layer: int, head: int, since: int) -> HeadEvent:
         """An event of one head."""
         share, reference = float(self.share[layer, head]), float(self.peak_share[layer, head])
         raw, peak = float(self.raw[layer, head]), float(self.peak[layer, head])
@@ -109,7 +123,7 @@ class ProbeReport:
         }[kind]
         return HeadEvent(self.step, kind, layer, head, self.names[layer], share, reference, since, message)
 
-    def layer(self, kind: str, layer: int, best: float, since: int) -> HeadEvent:
+    def layer(self, kind: EventKind, layer: int, best: float, since: int) -> HeadEvent:
         """An event of one layer; `best` is what its best-kept head kept."""
         value, reference = float(self.raw[layer].sum()), float(self.peak[layer].sum())
         name = self.names[layer]
@@ -127,7 +141,7 @@ class ProbeReport:
             )
         return HeadEvent(self.step, kind, layer, None, name, value, reference, since, message)
 
-    def model(self, kind: str, since: int) -> HeadEvent:
+    def model(self, kind: EventKind, since: int) -> HeadEvent:
         """An event of the whole model."""
         value, reference = float(self.raw.sum()), float(self.peak.sum())
         if kind == "global_shrink":

@@ -1,67 +1,111 @@
 """The run's record on disk: written probe by probe, read back after a crash, continued after a resume."""
 
+from __future__ import annotations
+
 import importlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gmar_lightning.monitor.disk import (
-    append_line,
-    plain,
-    position,
-    read_lines,
-    read_maps,
-    write_atomically,
-    write_jpegs,
-    write_maps,
-)
+from gmar_lightning.monitor.disk import append_line, read_lines, write_atomically, write_jpegs
+from gmar_lightning.monitor.mapfiles import HEAD_MAP_BYTES, MapFiles
+from gmar_lightning.monitor.record import FORMAT, SIGNALS, ProbeRecord, finite_only, head_counts
+from gmar_lightning.monitor.tables import GrowingArray
 
-FORMAT = 1
-HEAD_VALUES = ("importance", "shares", "entropy", "distance", "output_norm")
-_RECORD_PARTS = ("run.json", "history.jsonl", "inputs", "maps", "heatmaps", "report.html")
+_RECORD_PARTS = ("run.json", "history.jsonl", "inputs", "maps", "head_maps", "heatmaps", "report.html")
+# What a running history keeps of each probe in memory; the rest is on disk, for `load`.
+_KEPT = ("importance", "contribution")
+# Entries of `run` that a segment has of its own.
+_OF_SEGMENT = ("labels", "num_images", "num_heatmaps")
 
 
 class History:
     """What the probes of one run found, in memory and in a folder.
 
+    Args:
+        dir: The folder; None keeps the record in memory.
+        run: Content of `run.json`.
+        records: One for each probe, in order.
+        head_map_bytes: Most bytes that the maps of heads take on disk, see `MapFiles`.
+
     Attributes:
-        dir: the folder.
-        run: content of `run.json`: layers, heads per layer, class names, settings, segments.
-        records: one dictionary per probe, in order; a failed probe has `error` and no importance.
+        dir: The folder.
+        on_disk: Whether the record is written to it.
+        run: Content of `run.json`: layers, heads per layer, class names, settings, segments.
+        records: One `ProbeRecord` for each probe, in order; a failed probe has `failure` and no signals.
+        segment: Number of the set of probe images that probes are taken of now.
     """
 
-    def __init__(self, dir: str | Path, run: Mapping[str, Any], records: Sequence[Mapping[str, Any]] = ()):
-        self.dir = Path(dir)
-        self.run: dict[str, Any] = dict(run)
-        self.records: list[dict[str, Any]] = [dict(record) for record in records]
+    def __init__(
+        self,
+        dir: str | Path | None,
+        run: Mapping[str, Any],
+        records: Sequence[ProbeRecord] = (),
+        head_map_bytes: int = HEAD_MAP_BYTES,
+    ) -> None:
+        self.dir, self.on_disk = Path(dir or ""), dir is not None
+        first = {"segment": 0, "fingerprint": run.get("fingerprint"), "from_step": 0}
+        self.run: dict[str, Any] = {"format": FORMAT, "layers": [], "heads": [], "segments": [first], **run}
+        self.records: list[ProbeRecord] = list(records)
+        self.segment: int = self.run["segments"][-1]["segment"]
+        form = (self.run.get("settings") or {}).get("rollout") or "paper"
+        self._files = MapFiles(self.dir, str(form), head_map_bytes)
+        self._tables: dict[str, GrowingArray] = {}
 
     @classmethod
-    def create(cls, dir: str | Path, run: Mapping[str, Any]) -> "History":
+    def open(cls, folder: str | Path | None, run: Mapping[str, Any], resume_at: int | None = None) -> History:
+        """Start the record of a run, or continue the one that a stopped run left.
+
+        Args:
+            folder: Where; None keeps the record in memory.
+            run: What `run.json` shall say of the run; needs the `fingerprint` of the probe images.
+            resume_at: Optimizer steps taken at the checkpoint; later probes of the record are dropped, as
+                they will be taken again. None starts a new record.
+
+        Returns:
+            The record. Other probe images than before start a new segment.
+
+        Raises:
+            OSError: The folder cannot be written.
+            ValueError: There is something in it that is not a record.
+        """
+        if folder is None:
+            return cls(None, run)
+        if resume_at is None or not (Path(folder) / "run.json").is_file():
+            return cls.create(folder, run)
+        history = cls.load(folder)
+        history.rewind(resume_at)
+        if history.run["segments"][-1]["fingerprint"] != run["fingerprint"]:
+            changes = {name: run.get(name) for name in _OF_SEGMENT}
+            history.add_segment(run["fingerprint"], resume_at, changes)
+        return history
+
+    @classmethod
+    def create(cls, dir: str | Path, run: Mapping[str, Any]) -> History:
         """Start an empty record; one already in `dir` is moved to `dir/previous_01` (then 02, ...).
 
         Args:
-            dir: the folder, made if missing.
-            run: what `run.json` shall hold; `format` and the first segment are filled in.
+            dir: The folder, made if missing.
+            run: What `run.json` shall hold; `format` and the first segment are filled in.
         """
         folder = Path(dir)
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "run.json").exists():
             _move_aside(folder)
-        first = {"segment": 0, "fingerprint": run.get("fingerprint"), "from_step": 0}
-        history = cls(folder, {"format": FORMAT, "layers": [], "heads": [], "segments": [first], **run})
-        history._write_run()
+        history = cls(folder, run)
+        history.update_run({})
         return history
 
     @classmethod
-    def load(cls, dir: str | Path) -> "History":
-        """Read a record back; a line torn by a killed process is left out.
+    def load(cls, dir: str | Path) -> History:
+        """Read a record back, of this format or the one before; a line torn by a killed process is left out.
 
         Raises:
-            FileNotFoundError: no record in `dir`.
+            FileNotFoundError: No record in `dir`.
             ValueError: `run.json` is unreadable, or written by a newer version of this package.
         """
         folder = Path(dir)
@@ -71,97 +115,113 @@ class History:
             run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{folder / 'run.json'} is not valid JSON: {error}") from error
-        if not isinstance(run, dict) or run.get("format") != FORMAT:
-            raise ValueError(f"{folder / 'run.json'} is not a record of format {FORMAT}")
-        return cls(folder, run, read_lines(folder / "history.jsonl"))
+        if not isinstance(run, dict) or run.get("format") not in (1, FORMAT):
+            raise ValueError(f"{folder / 'run.json'} is not a record of format 1 or {FORMAT}")
+        heads = run.get("heads") or []
+        lines = read_lines(folder / "history.jsonl", lambda line: ProbeRecord.from_json(line, heads))
+        return cls(folder, run, [record for _, record in lines])
 
-    def append(self, record: Mapping[str, Any], heatmaps: np.ndarray | None = None) -> None:
+    def append(self, record: ProbeRecord) -> ProbeRecord:
         """Add one probe: its maps first, then one line, synced to disk.
 
-        A process killed at any moment loses at most the probe in flight. NaN and infinity become null,
-        arrays become lists, dataclasses become dictionaries.
+        A process killed at any moment loses at most the probe in flight. Whatever the disk does, the probe is
+        in `records` afterwards.
 
-        Args:
-            record: needs `step` and `global_step`.
-            heatmaps: `(images, grid_h, grid_w)`, stored as float16.
+        Returns:
+            The record as it is in `records`, with the names of its files and without its maps.
 
         Raises:
-            ValueError: the probe does not come after the last one (call `rewind` first), or a table of
-                head values has another number of layers than the run.
+            OSError: The disk would not take it.
+            ValueError: The probe does not come after the last one (call `rewind` first), or a signal has
+                another number of layers than the run.
         """
-        line = plain(dict(record))
-        if self.records and position(line) <= position(self.records[-1]):
-            raise ValueError(
-                f"probe at global_step {line['global_step']} does not come after the last recorded one "
-                f"({self.records[-1]['global_step']}); rewind the record first"
-            )
-        self._check_layers(line)
-        line["maps"] = None
-        if heatmaps is not None:
-            line["maps"] = self.stem(line["step"], line["global_step"])
-            write_maps(self.dir / "maps" / f"{line['maps']}.npz", np.asarray(heatmaps, dtype=np.float32))
-        append_line(self.dir / "history.jsonl", json.dumps(line, ensure_ascii=False, allow_nan=False))
-        self.records.append(line)
-
-    def remember(self, record: Mapping[str, Any]) -> None:
-        """Add one probe in memory alone, for a run whose folder cannot be written."""
-        self.records.append({**plain(dict(record)), "maps": None})
+        self._check(record)
+        kept = record = replace(record, segment=record.segment or self.segment)
+        try:
+            if self.on_disk:
+                self._describe(record)
+                record = self._write(record)
+                slim = {name: _slim(record.signals[name]) for name in _KEPT if name in record.signals}
+                kept = replace(record, signals=slim)
+            elif record.importance is not None:
+                self._describe(record)
+        finally:
+            self.records.append(replace(kept, maps={}, head_maps=None))
+        return self.records[-1]
 
     def rewind(self, global_step: int) -> None:
         """Drop every probe after `global_step`, as a run resumed from a checkpoint will repeat them.
 
-        Their maps and pictures go too, as does a torn line and any segment left without a probe.
+        Their maps and pictures go too, as does a torn line and any segment left without a probe. Lines that
+        stay are not touched, whatever format they have.
         """
-        kept = [record for record in self.records if record["global_step"] <= global_step]
-        self.records = kept
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-        write_atomically(self.dir / "history.jsonl", text.encode())
-        stems = {self._stem_of(index) for index in range(len(kept))}
-        for stale in [*self.dir.glob("maps/step_*.npz"), *self.dir.glob("heatmaps/step_*")]:
-            if stale.name.removesuffix(".npz") not in stems:
-                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        used = {0, *(record.get("segment", 0) for record in kept)}
-        self.update_run({"segments": [s for s in self.run["segments"] if s["segment"] in used]})
+        self.records = [record for record in self.records if record.global_step <= global_step]
+        self._tables.clear()
+        lines = [
+            line + b"\n"
+            for line, record in read_lines(self.dir / "history.jsonl", ProbeRecord.from_json)
+            if record.global_step <= global_step
+        ]
+        write_atomically(self.dir / "history.jsonl", b"".join(lines))
+        self._files.keep_only(self.records)
+        used = {0, *(record.segment for record in self.records)}
+        segments = [entry for entry in self.run["segments"] if entry["segment"] in used]
+        self.segment = segments[-1]["segment"]
+        self.update_run({"format": FORMAT, "segments": segments})
 
     def add_segment(self, fingerprint: str, from_step: int, changes: Mapping[str, Any] | None = None) -> int:
         """Note that the probe images changed; values of two segments are not comparable image by image.
 
         Args:
-            fingerprint: of the new images.
-            from_step: first step probed with them.
-            changes: what else differs from the first segment (`labels`, `num_images`,
-                `num_heatmaps`, `grid`).
+            fingerprint: Of the new images.
+            from_step: First step probed with them.
+            changes: What else differs from the first segment (`labels`, `num_images`, `num_heatmaps`,
+                `grid`).
 
         Returns:
             The number that the following records carry as `segment`.
         """
-        number = 1 + max(segment["segment"] for segment in self.run["segments"])
-        segment = {"segment": number, "fingerprint": fingerprint, "from_step": from_step, **(changes or {})}
-        self.update_run({"segments": [*self.run["segments"], plain(segment)]})
-        return number
+        self.segment = 1 + max(entry["segment"] for entry in self.run["segments"])
+        entry = {
+            "segment": self.segment,
+            "fingerprint": fingerprint,
+            "from_step": from_step,
+            **(changes or {}),
+        }
+        self.update_run({"segments": [*self.run["segments"], entry]})
+        return self.segment
 
     def update_run(self, changes: Mapping[str, Any]) -> None:
         """Change entries of `run.json`, for what is known only after the first probe."""
         self.run.update(changes)
-        self._write_run()
+        if self.on_disk:
+            text = json.dumps(
+                finite_only(self.run), ensure_ascii=False, indent=1, allow_nan=False, default=str
+            )
+            write_atomically(self.dir / "run.json", text.encode())
 
-    def save_inputs(self, images: Sequence[np.ndarray], segment: int = 0) -> list[Path]:
+    def ends_of_segment(self) -> tuple[int, np.ndarray | None, np.ndarray | None]:
+        """The present segment, and the maps of its first and of its last probe, for those that go on with it."""
+        mapped = [record for record in self.records if record.segment == self.segment and record.stored_maps]
+        if not mapped:
+            return self.segment, None, None
+        first, last = (next(iter(self.maps_of(mapped[end]).values()), None) for end in (0, -1))
+        return self.segment, first, last
+
+    def save_inputs(self, images: Sequence[np.ndarray], segment: int | None = None) -> list[Path]:
         """Write the clean photographs, each uint8 `(height, width, 3)`; returns their paths."""
-        return write_jpegs(self._input_dir(segment), images)
+        if not self.on_disk:
+            return []
+        return write_jpegs(self._input_dir(self.segment if segment is None else segment), images)
 
-    def save_overlays(self, step: int, global_step: int, images: Sequence[np.ndarray]) -> list[Path]:
+    def save_overlays(self, record: ProbeRecord, images: Sequence[np.ndarray]) -> list[Path]:
         """Write a probe's overlays, each uint8 `(height, width, 3)`; returns their paths."""
-        return write_jpegs(self.dir / "heatmaps" / self.stem(step, global_step), images)
-
-    def stem(self, step: int, global_step: int) -> str:
-        """Name of a probe's files. Steps 0 before and after the first batch get different ones."""
-        twin = any(r["step"] == step and r["global_step"] != global_step for r in self.records)
-        return f"step_{step:08d}_{global_step:08d}" if twin else f"step_{step:08d}"
+        return write_jpegs(self.dir / "heatmaps" / str(record.stored_maps), images)
 
     @property
     def steps(self) -> np.ndarray:
         """Step of each probe, `(probes,)`, failed ones included."""
-        return np.array([record["step"] for record in self.records], dtype=np.int64)
+        return np.array([record.step for record in self.records], dtype=np.int64)
 
     @property
     def layers(self) -> list[str]:
@@ -176,7 +236,7 @@ class History:
     @property
     def events(self) -> list[dict[str, Any]]:
         """Every flag of the run, as dictionaries with the fields of `HeadEvent`."""
-        return [event for record in self.records for event in record.get("events") or []]
+        return [finite_only(asdict(event)) for record in self.records for event in record.events]
 
     def input_paths(self, segment: int = 0) -> list[Path]:
         """The clean photographs of a segment, in probe order."""
@@ -184,77 +244,88 @@ class History:
 
     def segment_run(self, segment: int) -> dict[str, Any]:
         """`run` with the entries that differ in `segment`."""
-        changes = next((s for s in self.run["segments"] if s["segment"] == segment), {})
+        changes = next((entry for entry in self.run["segments"] if entry["segment"] == segment), {})
         return {**self.run, **changes}
 
     def values(self, name: str, step: int | None = None) -> np.ndarray:
-        """Head values called `name`, one of `HEAD_VALUES`.
+        """A signal per head: one of `record.SIGNALS`, or `"shares"`.
+
+        A history that is being written keeps importance and contribution in memory; `load` has them all.
 
         Args:
-            name: for example `"entropy"`.
-            step: one probe, or None for all.
+            name: For example `"entropy"`.
+            step: One probe, or None for all.
 
         Returns:
-            `(layers, heads)`, or `(probes, layers, heads)`; NaN for a failed probe, for a value that
-            was not recorded, and where a layer has fewer heads than the widest.
+            `(layers, heads)`, or `(probes, layers, heads)`; NaN for a failed probe, for a value that was not
+            recorded, and where a layer has fewer heads than the widest.
 
         Raises:
-            KeyError: no probe at `step`, or no such value.
+            KeyError: No probe at `step`, or no such signal.
         """
-        if name not in HEAD_VALUES:
-            raise KeyError(f"{name!r} is not one of {', '.join(HEAD_VALUES)}")
+        if name not in ("shares", *SIGNALS) and not any(name in record.signals for record in self.records):
+            raise KeyError(f"{name!r} is not one of shares, {', '.join(SIGNALS)}")
         if step is not None:
             return self.table(self._at(step), name)
-        tables = [self.table(record, name) for record in self.records]
-        return np.stack(tables) if tables else np.empty((0, *self._shape()))
+        known = self._tables.get(name)
+        if known is None or len(known) > len(self.records) or known.all.shape[1:] != self._shape():
+            known = self._tables[name] = GrowingArray(self._shape())
+        for record in self.records[len(known) :]:
+            known.append(self.table(record, name))
+        return known.all
 
     def importance(self, step: int | None = None) -> np.ndarray:
         """Raw importance `(layers, heads)` at `step`, or of all probes `(probes, layers, heads)`."""
         return self.values("importance", step)
 
+    def contribution(self, step: int | None = None) -> np.ndarray:
+        """What each head adds to the score, without sign, shaped as `importance`."""
+        return self.values("contribution", step)
+
     def shares(self, step: int | None = None) -> np.ndarray:
         """Each head's share of its layer's importance, shaped as `importance`."""
         return self.values("shares", step)
 
-    def heatmaps(self, step: int) -> np.ndarray:
-        """Raw maps of a probe, float32 `(images, grid_h, grid_w)`.
+    def heatmaps(self, step: int, form: str | None = None) -> np.ndarray:
+        """Raw maps of a probe, float32 `(images, grid_h, grid_w)`, of the primary form or of another.
 
         Raises:
-            KeyError: no probe at `step`, or it has no maps.
+            KeyError: No probe at `step`, or it has no maps, or not of this form.
         """
         maps = self.maps_of(self._at(step))
-        if maps is None:
-            raise KeyError(f"no heatmaps were recorded at step {step}")
-        return maps
+        if not maps or (form is not None and form not in maps):
+            raise KeyError(f"no heatmaps {'' if form is None else f'{form!r} '}were recorded at step {step}")
+        return maps[form] if form is not None else next(iter(maps.values()))
 
-    def maps_of(self, record: Mapping[str, Any]) -> np.ndarray | None:
-        """A record's maps, float32 `(images, grid_h, grid_w)`; None if there are none."""
-        path = self.dir / "maps" / f"{record.get('maps')}.npz"
-        return read_maps(path) if record.get("maps") and path.is_file() else None
+    def maps_of(self, record: ProbeRecord) -> dict[str, np.ndarray]:
+        """A record's maps: form to float32 `(images, grid_h, grid_w)`, the primary form first."""
+        return self._files.maps(record)
+
+    def head_maps_of(self, record: ProbeRecord) -> np.ndarray | None:
+        """A record's maps of heads `(images, layers, heads, grid_h, grid_w)`; None where none were kept."""
+        return self._files.head_maps(record)
 
     def metric(self, name: str) -> np.ndarray:
         """A value the trainer had logged at each probe, `(probes,)`; NaN where it had not."""
-        found = [(record.get("metrics") or {}).get(name) for record in self.records]
-        return np.array([np.nan if value is None else value for value in found], dtype=np.float64)
+        return np.array([record.metrics.get(name, np.nan) for record in self.records], dtype=np.float64)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One tidy row per probe and head: step, layer, head, importance, share, flagged, ..."""
-        names = ["importance", "shares", *(n for n in HEAD_VALUES[2:] if any(r.get(n) for r in self.records))]
+        others = [name for name in SIGNALS if any(name in record.signals for record in self.records)]
         for record in self.records:
-            tables = {name: self.table(record, name) for name in names}
-            flagged = {tuple(cell) for cell in record.get("flagged") or []}
-            for layer, width in enumerate(self.heads if record.get("importance") else []):
+            tables = {name: self.table(record, name) for name in (*others, "shares")}
+            for layer, width in enumerate(self.heads if record.importance is not None else []):
                 for head in range(width):
                     yield {
-                        "step": record["step"],
-                        "global_step": record["global_step"],
-                        "epoch": record.get("epoch"),
-                        "segment": record.get("segment", 0),
+                        "step": record.step,
+                        "global_step": record.global_step,
+                        "epoch": record.epoch,
+                        "segment": record.segment,
                         "layer": layer,
                         "layer_name": self.layers[layer],
                         "head": head,
-                        **{name.rstrip("s"): float(table[layer, head]) for name, table in tables.items()},
-                        "flagged": (layer, head) in flagged,
+                        **{_singular(name): float(table[layer, head]) for name, table in tables.items()},
+                        "flagged": (layer, head) in record.flagged,
                     }
 
     def to_pandas(self) -> Any:
@@ -269,41 +340,65 @@ class History:
             raise ImportError("History.to_pandas needs pandas: pip install pandas") from error
         return pandas.DataFrame(list(self.rows()))
 
+    def table(self, record: ProbeRecord, name: str) -> np.ndarray:
+        """A record's signal `name` as `(layers, heads)` of this run, NaN where there is none."""
+        table = record.shares if name == "shares" else record.signals.get(name)
+        whole = np.full(self._shape(), np.nan, dtype=np.float32)
+        if table is not None:
+            depth, width = min(len(table), len(whole)), min(table.shape[1], whole.shape[1])
+            whole[:depth, :width] = table[:depth, :width]
+        return whole
+
     def _shape(self) -> tuple[int, int]:
         return len(self.heads), max(self.heads, default=0)
 
-    def table(self, record: Mapping[str, Any], name: str) -> np.ndarray:
-        """A record's head values `name` as `(layers, heads)`, NaN where there are none."""
-        table = np.full(self._shape(), np.nan)
-        for layer, row in enumerate((record.get(name) or [])[: len(table)]):
-            cells = row[: self.heads[layer]]
-            table[layer, : len(cells)] = [np.nan if cell is None else cell for cell in cells]
-        return table
-
-    def _at(self, step: int) -> dict[str, Any]:
+    def _at(self, step: int) -> ProbeRecord:
         for record in reversed(self.records):
-            if record["step"] == step:
+            if record.step == step:
                 return record
         raise KeyError(f"no probe at step {step}")
 
-    def _stem_of(self, index: int) -> str:
-        record = self.records[index]
-        if record.get("maps"):
-            return record["maps"]
-        return History(self.dir, self.run, self.records[:index]).stem(record["step"], record["global_step"])
-
-    def _check_layers(self, line: Mapping[str, Any]) -> None:
-        for name in HEAD_VALUES:
-            table = line.get(name)
-            if table is not None and self.layers and len(table) != len(self.layers):
+    def _check(self, record: ProbeRecord) -> None:
+        if self.records and record.position <= self.records[-1].position:
+            raise ValueError(
+                f"probe at global_step {record.global_step} does not come after the last recorded one "
+                f"({self.records[-1].global_step}); rewind the record first"
+            )
+        for name, table in record.signals.items():
+            if self.layers and len(table) != len(self.layers):
                 raise ValueError(f"{name} has {len(table)} layers, the run has {len(self.layers)}")
+
+    def _describe(self, record: ProbeRecord) -> None:
+        """Say in `run.json` what only the first probe shows."""
+        if self.layers or record.importance is None:
+            return
+        changes: dict[str, Any] = {"layers": list(record.layers), "heads": head_counts(record.importance)}
+        if record.heatmaps is not None:
+            changes["grid"] = list(record.heatmaps.shape[1:])
+        self.update_run(changes)
+
+    def _write(self, record: ProbeRecord) -> ProbeRecord:
+        stem = self._files.stem(record)
+        record = replace(
+            record,
+            stored_maps=stem if record.maps else None,
+            stored_head_maps=stem if record.head_maps is not None else None,
+        )
+        self._files.write(record, stem)
+        line = json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        append_line(self.dir / "history.jsonl", line)
+        return record
 
     def _input_dir(self, segment: int) -> Path:
         return self.dir / "inputs" / f"segment_{segment:02d}" if segment else self.dir / "inputs"
 
-    def _write_run(self) -> None:
-        text = json.dumps(plain(self.run), ensure_ascii=False, indent=1, allow_nan=False)
-        write_atomically(self.dir / "run.json", text.encode())
+
+def _slim(table: np.ndarray) -> np.ndarray:
+    return np.asarray(table, dtype=np.float32)
+
+
+def _singular(name: str) -> str:
+    return "share" if name == "shares" else name
 
 
 def _move_aside(folder: Path) -> None:

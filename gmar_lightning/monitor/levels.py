@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
+
+from gmar_lightning.explain.importance import head_shares
 
 MOST = 0.75  # "the model" shrank when this fraction of its layers did
 
 
 def shares(raw: np.ndarray) -> np.ndarray:
-    """Fraction of the layer's sum, `(layers, heads)`; zero in a layer that is all zero."""
-    total = raw.sum(axis=1, keepdims=True)
-    return np.divide(raw, total, out=np.zeros_like(raw), where=total > 0)
+    """`head_shares` of an array `(layers, heads)`."""
+    return head_shares(torch.from_numpy(raw)).numpy()
 
 
 def most(ordered: np.ndarray) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from gmar_lightning.explain.isolation import isolated_random_state
+from gmar_lightning.monitor.processes import of_first_process, on_every_process
 
 IMAGE_KEYS = ("images", "image", "pixel_values", "inputs", "input", "x", "img")
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
@@ -82,6 +83,24 @@ def draw_probe(loader: Any, num_images: int, transfer: Callable[[Any], Any] | No
     labels = labels.detach().cpu().clone()
     chosen = _balanced(labels.tolist(), num_images)
     return ProbeBatch(images[chosen], labels[chosen], available)
+
+
+def agreed_probe(draw: Callable[[], ProbeBatch]) -> ProbeBatch:
+    """Draw the probe images on every process; where they differ, all take those of the first.
+
+    They differ when a data set gives each process its own part.
+
+    Raises:
+        ProbeError: When the drawing failed on another process; a failure here is raised as it is.
+    """
+    drawn: list[ProbeBatch] = []
+
+    def fingerprint() -> str:
+        drawn.append(draw())
+        return drawn[0].fingerprint
+
+    alike = len(set(on_every_process(fingerprint))) == 1
+    return drawn[0] if alike else of_first_process(drawn[0])
 
 
 def unpack_batch(batch: Any) -> tuple[Tensor, Tensor | None]:

@@ -1,76 +1,359 @@
-"""One probe as a line of the record."""
+"""One probe as one typed record, and as one line of `history.jsonl`: this file is the schema of that file.
+
+A line is one JSON object. `from_json` reads format 2, described here, and format 1, the version before.
+
+| key | value |
+|---|---|
+| `step`, `global_step`, `epoch` | the logger's x, optimizer steps taken, epoch |
+| `seconds` | what the probe took |
+| `segment` | number of the set of probe images, see `segments` in `run.json` |
+| `importance`, `contribution` | `(layers, heads)` as nested lists, 4 significant digits, null where not finite |
+| `packed` | every other signal: name to `[exponent, shape, text]`, see `SIGNALS` and `_packed` |
+| `targets`, `predictions` | class explained and class predicted, per probe image |
+| `probabilities`, `scores` | probability of the prediction and explained scalar, per image, 4 significant digits |
+| `events`, `flagged` | what the detector reported, as `HeadEvent`; `[layer, head]` of every head flagged now |
+| `drift` | null, or name to one value per image, 3 digits, see `DriftTracker` |
+| `metrics` | what the trainer had logged last |
+| `faithfulness` | null when switched off, or name to number, null where it was not due |
+| `verification` | null, or what the callback's test of itself found |
+| `failure` | null, or why the probe failed; then there are no signals |
+| `maps`, `head_maps` | null, or the name of the probe's file in `maps/` and in `head_maps/`, without `.npz` |
+
+Shares are not stored: they follow from importance, see `ProbeRecord.shares`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
-from gmar_lightning.monitor.drift import rank_correlation, top_overlap
+from gmar_lightning.explain.importance import head_shares
 from gmar_lightning.monitor.events import HeadEvent
-from gmar_lightning.monitor.measurement import Measurement
+
+FORMAT = 2
+
+# How many significant digits `importance` and `contribution`, probabilities and scores keep.
+_DIGITS = 4
+# In a table of whole numbers: no such head.
+_NO_INDEX = 65535
+# Half precision holds numbers below 2 to this.
+_LARGEST_HALF = 15
 
 
-class DriftTracker:
-    """Compares each probe's heatmaps with those of the first probe and of the one before.
+@dataclass(frozen=True)
+class Signal:
+    """What one signal per head is.
 
-    Args:
-        first: Maps of the first probe, `(images, grid_h, grid_w)`; None before there is one.
-        previous: Maps of the last probe.
+    Attributes:
+        unit: Of its values.
+        over_images: How the values of the probe images become one.
+        stored: "digits" (JSON numbers of 4 significant digits), "half" (packed IEEE half precision: 11 bits,
+            3 significant digits), or "index" (packed 16-bit whole numbers, exact).
+        per_layer: All heads of a layer have the same value, which is stored once.
     """
 
-    def __init__(self, first: np.ndarray | None = None, previous: np.ndarray | None = None) -> None:
-        self._first, self._previous = first, previous
-
-    def compare(self, heatmaps: np.ndarray) -> dict[str, list[float]] | None:
-        """Rank correlation and top-20 % overlap per image; None at the first probe or after a change of shape."""
-        first, previous = self._first, self._previous
-        self._previous = heatmaps
-        if first is None or previous is None or first.shape != heatmaps.shape or first.ndim != 3:
-            self._first = heatmaps
-            return None
-        return {
-            "rank_correlation_first": rank_correlation(heatmaps, first).tolist(),
-            "rank_correlation_previous": rank_correlation(heatmaps, previous).tolist(),
-            "top20_overlap_first": top_overlap(heatmaps, first).tolist(),
-            "top20_overlap_previous": top_overlap(heatmaps, previous).tolist(),
-        }
+    unit: str
+    over_images: Literal["mean", "mean of absolutes", "max", "most frequent"] = "mean"
+    stored: Literal["digits", "half", "index"] = "half"
+    per_layer: bool = False
 
 
-def probe_record(
-    found: Measurement,
-    events: Sequence[HeadEvent],
-    flagged: Sequence[tuple[int, int]],
-) -> dict[str, Any]:
-    """What a probe found, as it is written to `history.jsonl` (without time, place and drift).
+# 2 x 8 bytes for the first two, 2.7 bytes for each of the others: below 60 bytes per head and probe.
+SIGNALS: Mapping[str, Signal] = {
+    "importance": Signal("norm of d score / d map", stored="digits"),
+    "contribution": Signal("score, without sign", "mean of absolutes", "digits"),
+    "contribution_signed": Signal("score"),
+    "entropy": Signal("1 = uniform attention, 0 = one token"),
+    "distance": Signal("patches"),
+    "output_norm": Signal("norm of the head's output"),
+    "value_norm": Signal("norm of the head's values"),
+    "gradient_norm": Signal("norm of d score / d output"),
+    "logit_max": Signal("largest logit before the softmax", "max"),
+    "sink_mass": Signal("0 to 1, attention to the most attended key"),
+    "sink_token": Signal("index of that key", "most frequent", "index"),
+    "sink_value_norm": Signal("its value norm over the mean of the others"),
+    "output_rank": Signal("effective rank of the head's output"),
+    "similarity": Signal("cosine to the nearest other head of the layer"),
+    "value_similarity": Signal("mean cosine between the values of two tokens"),
+    "token_similarity": Signal("mean cosine of the tokens entering the layer", per_layer=True),
+}
+_OTHER = Signal("unknown")  # a signal that a newer version recorded
 
-    Args:
-        found: The measurement.
+
+@dataclass(frozen=True, eq=False)
+class ProbeRecord:
+    """What one probe came to; complete when it leaves `monitor.probing`, and never changed after that.
+
+    Tables of heads are float arrays `(layers, heads)`; NaN where a layer has fewer heads than the widest one
+    and where a value is not finite.
+
+    Attributes:
+        step: The logger's x, as Lightning's own training rows have it.
+        global_step: Optimizer steps taken.
+        epoch: Current epoch.
+        seconds: What the probe took.
+        segment: Number of the set of probe images; maps of two segments are not comparable.
+        signals: Name to table, see `SIGNALS`; empty when the probe failed.
+        targets: Explained class of each probe image.
+        predictions: Predicted class of each probe image.
+        probabilities: Probability of that class.
+        scores: Explained scalar of each probe image.
         events: What the detector reported.
         flagged: `(layer, head)` of every head flagged now.
+        drift: Name to `(images,)`, the maps beside earlier ones; None where there is nothing to compare with.
+        metrics: What the trainer had logged last.
+        faithfulness: Name to number, NaN where it was not due; None when it is switched off.
+        verification: What the callback's test of itself found, as plain values; None where it was not run.
+        failure: Why the probe failed; None when it did not.
+        maps: Form of the rollout to maps `(images, grid_h, grid_w)`, the primary form first. Beside the line,
+            not in it; empty once the record has been stored or read back.
+        head_maps: `(images, layers, heads, grid_h, grid_w)` or None; likewise.
+        layers: Module path of each attention layer; likewise.
+        stored_maps: Name of the files that hold the maps; None before they are stored.
+        stored_head_maps: The same for the maps of heads.
+    """
+
+    step: int
+    global_step: int
+    epoch: int = 0
+    seconds: float = math.nan
+    segment: int = 0
+    signals: Mapping[str, np.ndarray] = field(default_factory=dict)
+    targets: tuple[int, ...] = ()
+    predictions: tuple[int, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    scores: tuple[float, ...] = ()
+    events: tuple[HeadEvent, ...] = ()
+    flagged: tuple[tuple[int, int], ...] = ()
+    drift: Mapping[str, np.ndarray] | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    faithfulness: Mapping[str, float] | None = None
+    verification: Mapping[str, Any] | None = None
+    failure: str | None = None
+    maps: Mapping[str, np.ndarray] = field(default_factory=dict)
+    head_maps: np.ndarray | None = None
+    layers: tuple[str, ...] = ()
+    stored_maps: str | None = None
+    stored_head_maps: str | None = None
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Where the probe stands in the run: optimizer steps, then the logger's x."""
+        return self.global_step, self.step
+
+    @property
+    def importance(self) -> np.ndarray | None:
+        """Raw importance `(layers, heads)`; None when the probe failed."""
+        return self.signals.get("importance")
+
+    @cached_property
+    def shares(self) -> np.ndarray | None:
+        """Each head's share of its layer's importance, `(layers, heads)`; 0 in a layer without gradient."""
+        return None if self.importance is None else shares_of(self.importance)
+
+    @property
+    def heatmaps(self) -> np.ndarray | None:
+        """Maps of the primary form, `(images, grid_h, grid_w)`; None without maps in memory."""
+        return next(iter(self.maps.values()), None)
+
+    @property
+    def newly_collapsed(self) -> int:
+        """How many heads this probe flagged."""
+        return sum(event.kind == "collapsed" for event in self.events)
+
+    def to_json(self) -> dict[str, Any]:
+        """The line of `history.jsonl` as plain values; the module's docstring says what they are."""
+        plain = {name: _rows(self.signals[name]) for name in _DIGIT_SIGNALS if name in self.signals}
+        packed = {
+            name: _packed(table, SIGNALS.get(name, _OTHER))
+            for name, table in self.signals.items()
+            if name not in _DIGIT_SIGNALS
+        }
+        drift = self.drift and {name: _rounded(values, 3) for name, values in self.drift.items()}
+        return {
+            "step": self.step,
+            "global_step": self.global_step,
+            "epoch": self.epoch,
+            "seconds": _digits(self.seconds),
+            "segment": self.segment,
+            **plain,
+            "packed": packed,
+            "targets": list(self.targets),
+            "predictions": list(self.predictions),
+            "probabilities": [_digits(value) for value in self.probabilities],
+            "scores": [_digits(value) for value in self.scores],
+            "events": [finite_only(asdict(event)) for event in self.events],
+            "flagged": [list(cell) for cell in self.flagged],
+            "drift": drift,
+            "metrics": finite_only(self.metrics),
+            "faithfulness": None if self.faithfulness is None else finite_only(self.faithfulness),
+            "verification": None if self.verification is None else finite_only(self.verification),
+            "failure": self.failure,
+            "maps": self.stored_maps,
+            "head_maps": self.stored_head_maps,
+        }
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any], heads: Sequence[int] = ()) -> ProbeRecord:
+        """Read a line back, of this format or of the one before.
+
+        Args:
+            line: What `json.loads` made of the line.
+            heads: Heads of each layer, as `run.json` says; fixes the width of tables with ragged rows.
+
+        Raises:
+            KeyError: `step` or `global_step` is missing.
+            ValueError: An entry is not what it should be; TypeError likewise.
+        """
+        signals = {
+            # Format 1 holds every signal as nested lists; `shares` among them follow from importance.
+            **{name: _table(line[name], heads) for name in SIGNALS if line.get(name)},
+            **{name: _unpacked(*kept) for name, kept in (line.get("packed") or {}).items()},
+        }
+        for name, table in signals.items():
+            if name != "importance" and "importance" in signals:
+                # A value per layer counts for each of its heads.
+                known = np.isfinite(signals["importance"])
+                signals[name] = np.where(known | (table.shape == known.shape), table, np.nan)
+        drift, faithfulness = line.get("drift"), line.get("faithfulness")
+        return cls(
+            step=int(line["step"]),
+            global_step=int(line["global_step"]),
+            epoch=line.get("epoch") or 0,
+            seconds=_number(line.get("seconds")),
+            segment=line.get("segment") or 0,
+            signals=signals,
+            targets=tuple(line.get("targets") or ()),
+            predictions=tuple(line.get("predictions") or ()),
+            probabilities=tuple(map(_number, line.get("probabilities") or ())),
+            scores=tuple(map(_number, line.get("scores") or ())),
+            events=tuple(_event(event) for event in line.get("events") or ()),
+            flagged=tuple((int(layer), int(head)) for layer, head in line.get("flagged") or ()),
+            drift=drift and {name: np.array(values, dtype=np.float64) for name, values in drift.items()},
+            metrics={name: _number(value) for name, value in (line.get("metrics") or {}).items()},
+            faithfulness=None if faithfulness is None else _faithfulness(faithfulness),
+            verification=line.get("verification"),
+            failure=line.get("failure") or line.get("error"),  # `error` in format 1
+            stored_maps=line.get("maps"),
+            stored_head_maps=line.get("head_maps"),
+        )
+
+
+_DIGIT_SIGNALS = tuple(name for name, signal in SIGNALS.items() if signal.stored == "digits")
+
+
+def shares_of(importance: np.ndarray) -> np.ndarray:
+    """`head_shares` of an array `(..., layers, heads)`."""
+    return head_shares(torch.from_numpy(np.asarray(importance, dtype=np.float64))).numpy()
+
+
+def effective_heads(shares: np.ndarray) -> np.ndarray:
+    """How many heads a layer really uses: the exponential of the entropy of its shares.
+
+    Args:
+        shares: `(..., layers, heads)`, sum 1 over the heads of a layer; NaN for heads that do not exist.
 
     Returns:
-        The record.
+        `(..., layers)`: between 1 and the number of heads; 0 for a layer without gradient, NaN without data.
     """
-    return {
-        "importance": found.importance,
-        "shares": found.shares,
-        "entropy": found.entropy,
-        "distance": found.distance,
-        "output_norm": found.output_norm,
-        "events": [asdict(event) for event in events],
-        "flagged": [list(head) for head in flagged],
-        "drift": None,
-        "targets": found.targets.tolist(),
-        "predictions": found.logits.argmax(-1).tolist(),
-        "probabilities": found.probabilities.max(-1).tolist(),
-        "error": None,
-    }
+    known = np.isfinite(shares)
+    used = known & (shares > 0)
+    safe = np.where(used, shares, 1.0)
+    effective = np.where(used.any(axis=-1), np.exp(-(safe * np.log(safe)).sum(axis=-1)), 0.0)
+    return np.where(known.any(axis=-1), effective, np.nan)
 
 
-def failure_record(error: BaseException) -> dict[str, Any]:
-    """The line of a probe that failed."""
-    cause = f"{type(error).__name__}: {error}"
-    return {"importance": None, "events": [], "flagged": [], "drift": None, "error": cause}
+def head_counts(importance: np.ndarray) -> list[int]:
+    """Heads of each layer of a table `(layers, heads)`, which is padded with NaN behind the last head."""
+    known = np.isfinite(importance)
+    behind = np.argmax(known[:, ::-1], axis=1)
+    # A layer of nothing but NaN is a broken one, not one without heads.
+    return np.where(known.any(axis=1), importance.shape[1] - behind, importance.shape[1]).tolist()
+
+
+def finite_only(value: Any) -> Any:
+    """Nested plain values as JSON knows them: NaN and infinity become null, scalars of arrays numbers."""
+    if isinstance(value, Mapping):
+        return {str(key): finite_only(item) for key, item in value.items()}
+    to_list = getattr(value, "tolist", None)  # numpy and torch, scalars included
+    if callable(to_list):
+        value = to_list()
+    if isinstance(value, (list, tuple)):
+        return [finite_only(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _packed(table: np.ndarray, signal: Signal) -> list[Any]:
+    """A table as `[exponent, shape, text]`: base64 of little-endian 16-bit values, layer by layer.
+
+    Half precision ends at 6e-8 and 65504, so the values are divided by 2 to the exponent, which brings the
+    largest to that end and leaves nine decades below it. Whole numbers have no exponent (null) and are
+    unsigned; 65535 stands for no such head. A signal per layer has shape `(layers, 1)`.
+    """
+    table = np.asarray(table, dtype=np.float64)
+    if signal.per_layer:
+        table = table[:, :1]
+    known = np.isfinite(table)
+    if signal.stored == "index":
+        exponent = None
+        raw = np.where(known, np.clip(table, 0, _NO_INDEX - 1), _NO_INDEX).round().astype("<u2")
+    else:
+        peak = np.abs(np.where(known, table, 0.0)).max(initial=0.0)
+        exponent = math.frexp(peak)[1] - _LARGEST_HALF
+        raw = np.where(known, np.ldexp(np.where(known, table, 0.0), -exponent), np.nan).astype("<f2")
+    return [exponent, list(table.shape), base64.b64encode(raw.tobytes()).decode("ascii")]
+
+
+def _unpacked(exponent: int | None, shape: Sequence[int], text: str) -> np.ndarray:
+    raw = base64.b64decode(text)
+    if exponent is None:
+        table = np.frombuffer(raw, "<u2").astype(np.float32)
+        table[table == _NO_INDEX] = np.nan
+    else:
+        table = np.ldexp(np.frombuffer(raw, "<f2").astype(np.float32), exponent)
+    return table.reshape(shape)
+
+
+def _rows(table: np.ndarray) -> list[list[float | None]]:
+    table = np.asarray(table, dtype=np.float64)
+    return [[_digits(value) for value in row] for row in table.tolist()]
+
+
+def _table(rows: Sequence[Sequence[float | None]], heads: Sequence[int]) -> np.ndarray:
+    """Nested lists as an array; short rows are filled with NaN."""
+    width = max([*map(len, rows), *heads])
+    if all(len(row) == width for row in rows):
+        return np.array(rows, dtype=np.float64)
+    return np.array([[*row, *[None] * (width - len(row))] for row in rows], dtype=np.float64)
+
+
+def _digits(value: float) -> float | None:
+    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+
+
+def _rounded(values: np.ndarray, digits: int) -> list[float | None]:
+    return [round(value, digits) if math.isfinite(value) else None for value in np.asarray(values).tolist()]
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _event(line: Mapping[str, Any]) -> HeadEvent:
+    # A newer version may say more about an event than this one knows.
+    return HeadEvent(**{name: value for name, value in line.items() if name in _EVENT_FIELDS})
+
+
+_EVENT_FIELDS = frozenset(item.name for item in fields(HeadEvent))
+
+
+def _faithfulness(line: Mapping[str, Any]) -> dict[str, float]:
+    # Format 1 wrote the names as they are logged.
+    return {name.removeprefix("gmar/faithfulness_"): _number(value) for name, value in line.items()}

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from gmar_lightning.monitor.history import History
+from gmar_lightning.monitor.record import effective_heads
+from gmar_lightning.show.evidence import evidence_lines
 from gmar_lightning.show.grids import short_names
 from gmar_lightning.show.metric_names import accuracy_name, loss_name
+from gmar_lightning.show.ranking import mean_contribution, prune_order
 from gmar_lightning.show.report import run_names, write_report
-from gmar_lightning.show.verdict import FINDINGS, collapses, drift_from_first, effective_heads, ends, judge
+from gmar_lightning.show.verdict import FINDINGS, collapses, drift_from_first, ends, judge
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +68,7 @@ def compare(histories: Sequence[History], names: Sequence[str] | None = None) ->
     """
     names = list(names) if names is not None else run_names([history.dir for history in histories])
     parts = ["\n".join(_verdict_lines(h, n)) for h, n in zip(histories, names, strict=True)]
-    good = [any(record.get("importance") for record in history.records) for history in histories]
+    good = [any(record.importance is not None for record in history.records) for history in histories]
     seen = [(h, n) for h, n, usable in zip(histories, names, good, strict=True) if usable]
     if seen:
         columns = [name for _, name in seen]
@@ -74,7 +77,21 @@ def compare(histories: Sequence[History], names: Sequence[str] | None = None) ->
         if len({tuple(h.layers) for h, _ in seen}) == 1:
             title = "layer: effective heads, first -> last; raw importance, last / first"
             parts.append(title + "\n" + _table(["layer", *columns], _layer_rows([h for h, _ in seen])))
+    parts += [_ranking(h, n if len(histories) > 1 else "") for h, n in zip(histories, names, strict=True)]
     return "\n\n".join(part for part in parts if part)
+
+
+def _ranking(history: History, name: str) -> str:
+    """The heads that contribute most and least, or nothing where the record does not say."""
+    if not any("contribution" in record.signals for record in history.records):
+        return ""
+    order, table = prune_order(history), mean_contribution(history)
+
+    def listed(cells: Sequence[tuple[int, int]]) -> str:
+        return ", ".join(f"{history.layers[at[0]]} head {at[1]} ({table[at]:.2g})" for at in cells)
+
+    title = f"heads by contribution{f', {name}' if name else ''}"
+    return f"{title}\n  keep   {listed(order[:-6:-1])}\n  prune  {listed(order[:5])}"
 
 
 def layer_change(history: History) -> np.ndarray:
@@ -90,13 +107,14 @@ def _record_folder(folder: Path) -> Path:
 
 def _verdict_lines(history: History, name: str) -> list[str]:
     verdict = judge(history)
-    return [f"{name}: {verdict.headline}", *(f"  - {finding.text}" for finding in verdict.findings)]
+    said = [*(finding.text for finding in verdict.findings), *evidence_lines(history)]
+    return [f"{name}: {verdict.headline}", *(f"  - {line}" for line in said)]
 
 
 def _number_rows(histories: Sequence[History]) -> list[list[str]]:
     rows = {
         "probes": [str(len(h.records)) for h in histories],
-        "last step": [str(h.records[-1]["step"]) for h in histories],
+        "last step": [str(h.records[-1].step) for h in histories],
         "accuracy": [_course(h, accuracy_name(h)) for h in histories],
         "loss": [_course(h, loss_name(h)) for h in histories],
         "effective heads": [_effective(h) for h in histories],

@@ -1,6 +1,7 @@
 """Pictures of the heads: the grid of one probe and the raster of a whole run. uint8 `(height, width, 3)`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,21 @@ _INK = (40, 44, 52)
 _FAINT = (120, 126, 136)
 _MISSING = (214, 217, 222)
 _STRIPE = (182, 187, 195)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How values become colours, and what stands beside the colour bar.
+
+    Attributes:
+        title: Above the picture.
+        unit: Above the bar.
+        marks: `(place, text)` along the bar, places from 0 (dark) to 1 (light).
+    """
+
+    title: str
+    unit: str
+    marks: tuple[tuple[float, str], ...]
 
 
 def importance_grid(
@@ -34,29 +50,28 @@ def importance_grid(
     Returns:
         uint8 `(height, width, 3)`.
     """
-    relative = relative_shares(shares)
-    rows, columns = relative.shape
-    cell = int(np.clip(420 // max(rows, columns, 1), 14, 28))
-    names = short_names(layers) if layers else [str(row) for row in range(rows)]
-    font, left, head_room = _font(11), 34 + _text_width(names, _font(11)), 40
-    width, height = left + max(columns * cell, 150) + 78, head_room + rows * cell + 34
-    canvas = Image.new("RGB", (width, height), _PAPER)
-    draw = ImageDraw.Draw(canvas)
-    draw.text((left, 8), "share of the layer, by head", fill=_INK, font=_font(12))
-    crossed = {(int(layer), int(head)) for layer, head in flagged}
-    for row in range(rows):
-        y = head_room + row * cell
-        draw.text((left - 6, y + cell // 2), names[row], fill=_INK, font=font, anchor="rm")
-        for column in range(columns):
-            box = (left + column * cell, y, left + (column + 1) * cell - 2, y + cell - 2)
-            _draw_cell(draw, box, relative[row, column], (row, column) in crossed, top)
-    for column in range(0, columns, 1 if cell >= 18 else 2):
-        centre = left + column * cell + cell // 2 - 1
-        draw.text((centre, head_room + rows * cell + 4), str(column), fill=_FAINT, font=font, anchor="mt")
-    draw.text((left, height - 14), "head", fill=_FAINT, font=font)
-    _vertical_label(canvas, "layer", 4, head_room + rows * cell // 2)
-    _colour_bar(draw, width - 62, head_room, max(rows * cell - 2, 60), top)
-    return np.asarray(canvas)
+    return _head_grid(relative_shares(shares) / top, flagged, layers, _share_scale("by head", top))
+
+
+def contribution_grid(
+    contribution: np.ndarray,
+    flagged: Sequence[Sequence[int]] = (),
+    layers: Sequence[str] | None = None,
+    top: float | None = None,
+) -> np.ndarray:
+    """Every head's contribution to the explained score as a cell; heads of all layers are comparable.
+
+    Args:
+        contribution: `(layers, heads)`, mean over the images of its absolute value; NaN where there is none.
+        flagged: `(layer, head)` pairs to cross out.
+        layers: names for the rows.
+        top: end of the colour scale; by default the largest contribution here.
+
+    Returns:
+        uint8 `(height, width, 3)`.
+    """
+    unit, scale = _contribution_units(contribution, "by head", top)
+    return _head_grid(unit, flagged, layers, scale)
 
 
 def evolution_raster(
@@ -81,9 +96,74 @@ def evolution_raster(
     Returns:
         uint8 `(height, width, 3)`.
     """
-    probes, depth, heads = max(len(shares), 1), shares.shape[1], shares.shape[2]
-    relative = relative_shares(shares) if len(shares) else np.full((1, depth, heads), np.nan)
-    real = [int(np.isfinite(relative[:, layer]).any(axis=0).sum()) or heads for layer in range(depth)]
+    relative = relative_shares(shares) / top if len(shares) else shares
+    return _raster(relative, steps, events, layers, _share_scale("every head over time", top))
+
+
+def contribution_raster(
+    contribution: np.ndarray,
+    steps: Sequence[int] | np.ndarray,
+    events: Sequence[Mapping[str, Any]] = (),
+    layers: Sequence[str] | None = None,
+    top: float | None = None,
+) -> np.ndarray:
+    """As `evolution_raster`, with the heads' contributions `(probes, layers, heads)` as `contribution_grid`."""
+    unit, scale = _contribution_units(contribution, "every head over time", top)
+    return _raster(unit, steps, events, layers, scale)
+
+
+def _share_scale(what: str, top: float) -> Scale:
+    marks = tuple((mark / top, f"{mark}x") for mark in range(int(top) + 1))
+    return Scale(f"share of the layer, {what}", "fair share", marks)
+
+
+def _contribution_units(values: np.ndarray, what: str, top: float | None) -> tuple[np.ndarray, Scale]:
+    known = values[np.isfinite(values)]
+    top = float(known.max()) if top is None and known.size else top or 1.0
+    top = top if top > 0 else 1.0
+    # contributions spread over orders of magnitude: by their square root weak heads can still be told apart
+    unit = np.sqrt(np.clip(np.asarray(values, dtype=np.float64), 0, None) / top)
+    marks = ((0.0, "0"), (0.5, f"{top / 4:.2g}"), (1.0, f"{top:.2g}"))
+    return unit, Scale(f"contribution, {what}", "of the score", marks)
+
+
+def _head_grid(
+    unit: np.ndarray, flagged: Sequence[Sequence[int]], layers: Sequence[str] | None, scale: Scale
+) -> np.ndarray:
+    rows, columns = unit.shape
+    cell = int(np.clip(420 // max(rows, columns, 1), 14, 28))
+    names = short_names(layers) if layers else [str(row) for row in range(rows)]
+    font, left, head_room = _font(11), 34 + _text_width(names, _font(11)), 40
+    width, height = left + max(columns * cell, 150) + 78, head_room + rows * cell + 34
+    canvas = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((left, 8), scale.title, fill=_INK, font=_font(12))
+    crossed = {(int(layer), int(head)) for layer, head in flagged}
+    for row in range(rows):
+        y = head_room + row * cell
+        draw.text((left - 6, y + cell // 2), names[row], fill=_INK, font=font, anchor="rm")
+        for column in range(columns):
+            box = (left + column * cell, y, left + (column + 1) * cell - 2, y + cell - 2)
+            _draw_cell(draw, box, unit[row, column], (row, column) in crossed)
+    for column in range(0, columns, 1 if cell >= 18 else 2):
+        centre = left + column * cell + cell // 2 - 1
+        draw.text((centre, head_room + rows * cell + 4), str(column), fill=_FAINT, font=font, anchor="mt")
+    draw.text((left, height - 14), "head", fill=_FAINT, font=font)
+    _vertical_label(canvas, "layer", 4, head_room + rows * cell // 2)
+    _colour_bar(draw, width - 62, head_room, max(rows * cell - 2, 60), scale)
+    return np.asarray(canvas)
+
+
+def _raster(
+    unit: np.ndarray,
+    steps: Sequence[int] | np.ndarray,
+    events: Sequence[Mapping[str, Any]],
+    layers: Sequence[str] | None,
+    scale: Scale,
+) -> np.ndarray:
+    probes, depth, heads = max(len(unit), 1), unit.shape[1], unit.shape[2]
+    unit = unit if len(unit) else np.full((1, depth, heads), np.nan)
+    real = [int(np.isfinite(unit[:, layer]).any(axis=0).sum()) or heads for layer in range(depth)]
     row_height = int(np.clip(560 // max(sum(real), 1), 2, 12))
     edges = _column_edges(probes)
     names = short_names(layers) if layers else [str(layer) for layer in range(depth)]
@@ -91,11 +171,11 @@ def evolution_raster(
     plot_width, plot_height = int(edges[-1]), row_height * sum(real) + 3 * depth
     canvas = Image.new("RGB", (left + max(plot_width, 260) + 78, head_room + plot_height + 36), _PAPER)
     draw = ImageDraw.Draw(canvas)
-    draw.text((left, 8), "share of the layer, every head over time", fill=_INK, font=_font(12))
+    draw.text((left, 8), scale.title, fill=_INK, font=_font(12))
     tops = head_room + np.concatenate([[0], np.cumsum([row_height * count + 3 for count in real])])
     previous = -12
     for layer in range(depth):
-        block = _raster_block(relative[:, layer, : real[layer]].T, edges, row_height, top)
+        block = _raster_block(unit[:, layer, : real[layer]].T, edges, row_height)
         canvas.paste(Image.fromarray(block), (left, int(tops[layer])))
         middle = int(tops[layer] + row_height * real[layer] / 2)
         if middle - previous >= 12:
@@ -107,7 +187,7 @@ def evolution_raster(
             _mark(draw, left + _column_of(event["step"], steps, edges), y)
     _step_axis(draw, left, head_room + plot_height, steps, edges)
     _vertical_label(canvas, "layer", 4, head_room + plot_height // 2)
-    _colour_bar(draw, canvas.width - 62, head_room, max(min(plot_height, 300), 60), top)
+    _colour_bar(draw, canvas.width - 62, head_room, max(min(plot_height, 300), 60), scale)
     return np.asarray(canvas)
 
 
@@ -135,20 +215,18 @@ def short_names(names: Sequence[str]) -> list[str]:
     return [name if len(name) <= 14 else "…" + name[-13:] for name in joined]
 
 
-def _colours(relative: np.ndarray, top: float) -> np.ndarray:
-    index = np.clip(np.nan_to_num(relative, nan=0.0) / top * 255, 0, 255).astype(np.uint8)
-    return np.where(np.isfinite(relative)[..., None], HEAT[index], np.array(_MISSING, dtype=np.uint8))
+def _colours(unit: np.ndarray) -> np.ndarray:
+    index = np.clip(np.nan_to_num(unit, nan=0.0) * 255, 0, 255).astype(np.uint8)
+    return np.where(np.isfinite(unit)[..., None], HEAT[index], np.array(_MISSING, dtype=np.uint8))
 
 
-def _draw_cell(
-    draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], value: float, crossed: bool, top: float
-):
+def _draw_cell(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], value: float, crossed: bool):
     x0, y0, x1, y1 = box
     if not np.isfinite(value):
         draw.rectangle(box, fill=_MISSING)
         draw.line((x0, y1, x1, y0), fill=_STRIPE)
         return
-    colour = _colours(np.array(value), top)
+    colour = _colours(np.array(value))
     draw.rectangle(box, fill=tuple(int(c) for c in colour))
     if crossed:
         pen = (255, 255, 255) if colour.mean() < 140 else (0, 0, 0)
@@ -156,11 +234,11 @@ def _draw_cell(
         draw.line((x0 + 3, y1 - 3, x1 - 3, y0 + 3), fill=pen, width=2)
 
 
-def _raster_block(relative: np.ndarray, edges: np.ndarray, row_height: int, top: float) -> np.ndarray:
+def _raster_block(relative: np.ndarray, edges: np.ndarray, row_height: int) -> np.ndarray:
     columns = np.searchsorted(edges, np.arange(edges[-1]), side="right") - 1
     if len(edges) - 1 < relative.shape[1]:
         relative = _average_columns(relative, len(edges) - 1)
-    return np.repeat(_colours(relative, top)[:, columns], row_height, axis=0)
+    return np.repeat(_colours(relative)[:, columns], row_height, axis=0)
 
 
 def _average_columns(values: np.ndarray, count: int) -> np.ndarray:
@@ -199,15 +277,15 @@ def _mark(draw: ImageDraw.ImageDraw, x: int, y: int):
     draw.polygon([(x - 5, y - 4), (x - 5, y + 4), (x + 2, y)], fill=(255, 255, 255), outline=(0, 0, 0))
 
 
-def _colour_bar(draw: ImageDraw.ImageDraw, x: int, y: int, height: int, top: float):
+def _colour_bar(draw: ImageDraw.ImageDraw, x: int, y: int, height: int, scale: Scale):
     for offset in range(height):
         colour = HEAT[255 - offset * 255 // max(height - 1, 1)]
         draw.line((x, y + offset, x + 11, y + offset), fill=tuple(int(c) for c in colour))
-    for mark in range(int(top) + 1):
-        at = y + height - 1 - int(mark / top * (height - 1))
+    for place, text in scale.marks:
+        at = y + height - 1 - int(place * (height - 1))
         draw.line((x + 12, at, x + 15, at), fill=_FAINT)
-        draw.text((x + 18, at), f"{mark}x", fill=_FAINT, font=_font(11), anchor="lm")
-    draw.text((x - 4, y - 24), "fair share", fill=_FAINT, font=_font(10))
+        draw.text((x + 18, at), text, fill=_FAINT, font=_font(11), anchor="lm")
+    draw.text((x - 4, y - 24), scale.unit, fill=_FAINT, font=_font(10))
 
 
 def _vertical_label(canvas: Image.Image, text: str, x: int, middle: int):

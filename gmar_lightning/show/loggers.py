@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from gmar_lightning.show import keys
 from gmar_lightning.show.publication import Adapter, Ending, Publication
 from gmar_lightning.show.wandb_logger import WandbAdapter
 
@@ -29,7 +30,7 @@ class TensorBoardAdapter(Adapter):
             writer.add_image(name, picture, shown.step, dataformats="HWC")
         finite = shown.importance[np.isfinite(shown.importance)]
         if finite.size:
-            writer.add_histogram("gmar/importance", finite, shown.step)
+            writer.add_histogram(keys.IMPORTANCE_HISTOGRAM, finite, shown.step)
 
 
 class ImageHookAdapter(Adapter):

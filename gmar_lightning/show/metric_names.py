@@ -7,7 +7,7 @@ from gmar_lightning.monitor.history import History
 
 def logged_names(history: History) -> list[str]:
     """Names of all metrics that the trainer had logged at some probe, in order of appearance."""
-    return list(dict.fromkeys(name for record in history.records for name in record.get("metrics") or {}))
+    return list(dict.fromkeys(name for record in history.records for name in record.metrics))
 
 
 def accuracy_name(history: History) -> str | None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from gmar_lightning.show import keys
+
 
 @dataclass(frozen=True, eq=False)
 class Publication:
@@ -49,7 +51,7 @@ class Publication:
     @property
     def lists(self) -> dict[str, Sequence[np.ndarray]]:
         """Name to pictures, one per probe image; names without pictures this time are left out."""
-        both = {"gmar/heatmaps": self.heatmaps, "gmar/inputs": self.inputs}
+        both = {keys.HEATMAPS: self.heatmaps, keys.INPUTS: self.inputs}
         return {name: images for name, images in both.items() if len(images)}
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from gmar_lightning.show.colour import HEAT
 
@@ -103,6 +103,43 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int = 8, gap: int = 4) 
         tile.thumbnail((width, height))
         sheet.paste(tile, (index % columns * (width + gap), index // columns * (height + gap)))
     return np.asarray(sheet)
+
+
+def sheet_with_titles(rows: Sequence[tuple[str, Sequence[np.ndarray]]], width: int = 160) -> np.ndarray:
+    """Rows of images uint8 `(height, width, 3)` on white, each row under its title.
+
+    Args:
+        rows: Title and images; all rows show the same photographs.
+        width: Of an image, pixels; the height follows.
+    """
+    gap, line = 6, 20
+    height = round(width * rows[0][1][0].shape[0] / rows[0][1][0].shape[1])
+    columns = max(len(images) for _, images in rows)
+    size = (columns * (width + gap) + gap, len(rows) * (line + height + gap))
+    sheet = Image.new("RGB", size, (255, 255, 255))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for row, (title, images) in enumerate(rows):
+        top = row * (line + height + gap)
+        draw.text((gap, top + 3), title, fill=(40, 44, 52), font=font)
+        for column, image in enumerate(images):
+            tile = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+            sheet.paste(tile, (gap + column * (width + gap), top + line))
+    return np.asarray(sheet)
+
+
+def on_one_sheet(rows: Sequence[Sequence[np.ndarray]], gap: int = 12) -> np.ndarray:
+    """Pictures uint8 `(height, width, 3)` of any size on white: rows below each other, each from left to right."""
+    heights = [max(picture.shape[0] for picture in row) for row in rows]
+    width = max(sum(picture.shape[1] + gap for picture in row) for row in rows)
+    sheet = np.full((sum(heights) + gap * len(rows), width, 3), 255, np.uint8)
+    top = 0
+    for row, height in zip(rows, heights, strict=True):
+        left = 0
+        for picture in row:
+            sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+            left += picture.shape[1] + gap
+        top += height + gap
+    return sheet
 
 
 def _as_array(image: Any) -> tuple[np.ndarray, bool]:

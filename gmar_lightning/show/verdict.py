@@ -1,17 +1,19 @@
 """What a run was, in words: a few fixed rules over its record. Each finding says the numbers it rests on."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from gmar_lightning.monitor.history import History
+from gmar_lightning.monitor.record import ProbeRecord
+from gmar_lightning.show.evidence import fixed_region
 from gmar_lightning.show.metric_names import accuracy_name, loss_name
 
 ALARMS = ("nonfinite", "diverged", "collapse", "layer_vanishing", "nothing_learned")
 FINDINGS = (
     *ALARMS,
+    "shortcut",
     "too_early",
     "dominance",
     "failed_probes",
@@ -36,6 +38,7 @@ _HEADLINES = {
     "collapse": "heads collapsed",
     "layer_vanishing": "layer vanished",
     "nothing_learned": "nothing learned",
+    "shortcut": "shortcut-like evidence",
     "too_early": "too early to say",
 }
 
@@ -84,15 +87,17 @@ def judge(history: History) -> Verdict:
     (the loss ended above twice its lowest value and more than half the way back to where it began, or was
     not finite), `collapse` (heads still collapsed at the end), `layer_vanishing` (a layer still without
     gradient at the end), `nothing_learned` (accuracy gained less than 2 points and the loss fell less than
-    5 %). With fewer than 6 good probes and no alarm, it is `too early to say`. Reported without alarm:
+    5 %). Without an alarm, heat in one spot of every image is named in the headline (`shortcut`, see
+    `evidence.FixedRegion`): a person has to look whether the spot belongs to the object. With fewer than 6 good
+    probes and no alarm, it is `too early to say`. Reported without alarm:
     dominance at the end, failed probes, drift (median rank correlation with the first maps below 0.3),
     heads that recovered, dormant heads, gradients that shrank everywhere.
     """
     rules = (
         _nonfinite, _diverged, _collapse, _vanishing, _nothing_learned,
-        _too_early, _dominance, _failed, _moved, _harmless,
+        _shortcut, _too_early, _dominance, _failed, _moved, _harmless,
     )  # fmt: skip
-    if not any(record.get("importance") for record in history.records):
+    if not any(record.importance is not None for record in history.records):
         return Verdict("no probe", (Finding("failed_probes", "No probe succeeded, nothing can be said."),))
     findings = tuple(finding for rule in rules for finding in rule(history))
     first = next((finding.kind for finding in findings if finding.kind in _HEADLINES), None)
@@ -120,38 +125,24 @@ def collapses(history: History) -> list[HeadCollapse]:
     return found
 
 
-def effective_heads(shares: np.ndarray) -> np.ndarray:
-    """How many heads a layer really uses: the exponential of the entropy of its shares.
-
-    Args:
-        shares: `(..., layers, heads)`, sum 1 over heads, NaN for heads that do not exist.
-
-    Returns:
-        `(..., layers)`: between 1 and the number of heads; NaN without data.
-    """
-    safe = np.where(np.isfinite(shares) & (shares > 0), shares, 1.0)
-    found = np.exp(-(safe * np.log(safe)).sum(axis=-1))
-    return np.where(np.isfinite(shares).any(axis=-1), found, np.nan)
-
-
 def drift_from_first(history: History) -> np.ndarray:
     """Median rank correlation with the first maps over the images, `(probes,)`; NaN without maps."""
     return np.array([_median(_drift(record, "rank_correlation_first")) for record in history.records])
 
 
-def ends(history: History) -> tuple[dict[str, Any], dict[str, Any]]:
+def ends(history: History) -> tuple[ProbeRecord, ProbeRecord]:
     """First and last record that has importance."""
-    good = [record for record in history.records if record.get("importance")]
+    good = [record for record in history.records if record.importance is not None]
     return good[0], good[-1]
 
 
-def _drift(record: Mapping[str, Any], key: str) -> list[float | None]:
-    return (record.get("drift") or {}).get(key) or []
+def _drift(record: ProbeRecord, key: str) -> np.ndarray:
+    return np.asarray((record.drift or {}).get(key, ()), dtype=np.float64)
 
 
-def _median(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return float(np.median(known)) if known else float("nan")
+def _median(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if known.size else float("nan")
 
 
 def _standing(history: History, begins: str, stops: str) -> list[dict[str, Any]]:
@@ -177,8 +168,8 @@ def _diverged(history: History) -> list[Finding]:
     name = loss_name(history)
     if name is None:
         return []
-    logged = [(r["step"], r["metrics"][name]) for r in history.records if name in (r.get("metrics") or {})]
-    broken = next((step for step, value in logged if value is None), None)
+    logged = [(r.step, r.metrics[name]) for r in history.records if name in r.metrics]
+    broken = next((step for step, value in logged if not np.isfinite(value)), None)
     if broken is not None:
         return [Finding("diverged", f"{name} was not finite at step {broken}.")]
     values = np.array([value for _, value in logged], dtype=np.float64)
@@ -225,8 +216,19 @@ def _nothing_learned(history: History) -> list[Finding]:
     return [Finding("nothing_learned", "; ".join(texts) + ".")] if texts else []
 
 
+def _shortcut(history: History) -> list[Finding]:
+    region = fixed_region(history)
+    if region is None or not region.shortcut_like:
+        return []
+    advice = (
+        "Evidence that does not move with the object is a watermark, a border or another shortcut more often than "
+        "an object: cover those patches and see what the accuracy is worth."
+    )
+    return [Finding("shortcut", f"Shortcut-like evidence: {region.text}. {advice}")]
+
+
 def _too_early(history: History) -> list[Finding]:
-    count = sum(bool(record.get("importance")) for record in history.records)
+    count = sum(record.importance is not None for record in history.records)
     if count >= LEAST_PROBES:
         return []
     text = f"{count} of at least {LEAST_PROBES} probes: heads are judged only after a warm-up."
@@ -246,11 +248,11 @@ def _dominance(history: History) -> list[Finding]:
 
 
 def _failed(history: History) -> list[Finding]:
-    failed = [record for record in history.records if record.get("error")]
+    failed = [record for record in history.records if record.failure is not None]
     if not failed:
         return []
-    text = f"{len(failed)} of {len(history.records)} probes failed, first at step {failed[0]['step']}"
-    return [Finding("failed_probes", f"{text}: {failed[0]['error']}")]
+    text = f"{len(failed)} of {len(history.records)} probes failed, first at step {failed[0].step}"
+    return [Finding("failed_probes", f"{text}: {failed[0].failure}")]
 
 
 def _moved(history: History) -> list[Finding]:

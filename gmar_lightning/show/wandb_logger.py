@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from gmar_lightning.show import keys
 from gmar_lightning.show.publication import Adapter, Ending, Publication
 
 # W&B truncates a list of images here, silently.
 _MOST_IMAGES = 108
-_STEP = "trainer/global_step"
-_MEDIA = ("gmar/heatmaps", "gmar/inputs", "gmar/head_importance", "gmar/head_evolution", "gmar/importance")
 _EVENT_COLUMNS = (
     *("step", "kind", "layer", "head", "layer_name", "value", "reference", "since_step"),
     *("cause", "evidence", "message"),
@@ -45,12 +44,12 @@ class WandbAdapter(Adapter):
         run.config.update({"gmar": dict(settings)}, allow_val_change=True)
         # Every key by its exact name: overlapping globs are resolved at random, and a run that existed before
         # the logger has no step metric at all.
-        run.define_metric(_STEP)
-        for name in (*scalars, *_MEDIA, "gmar/events", "gmar/images"):
+        run.define_metric(keys.STEP)
+        for name in (*scalars, *keys.of_kind("pictures", "picture", "histogram", "growing table")):
             if name in hidden:
-                run.define_metric(self.prefixed(name), step_metric=_STEP, hidden=True, summary="none")
+                run.define_metric(self.prefixed(name), step_metric=keys.STEP, hidden=True, summary="none")
             else:
-                run.define_metric(self.prefixed(name), step_metric=_STEP)
+                run.define_metric(self.prefixed(name), step_metric=keys.STEP)
 
     def publish(self, shown: Publication) -> None:
         """Hand over one probe: a single `log_metrics` call, so that all of it shares one row."""
@@ -68,9 +67,9 @@ class WandbAdapter(Adapter):
         import wandb
 
         table = wandb.Table(columns=list(_HEAD_COLUMNS), data=[list(row) for row in ending.rows])
-        last: dict[str, Any] = {"gmar/head_table": table}
+        last: dict[str, Any] = {keys.HEAD_TABLE: table}
         if ending.report is not None:
-            last["gmar/report"] = wandb.Html(ending.report.read_text(encoding="utf-8"), inject=False)
+            last[keys.REPORT] = wandb.Html(ending.report.read_text(encoding="utf-8"), inject=False)
         self.logger.log_metrics(last, step=ending.step)
         run = self.logger.experiment
         run.summary.update({self.prefixed(key): value for key, value in ending.summary.items()})
@@ -86,13 +85,13 @@ class WandbAdapter(Adapter):
         """The tables that have new rows, by key."""
         grown = {}
         if shown.events:
-            grown["gmar/events"] = self._table("gmar/events", _EVENT_COLUMNS)
+            grown[keys.EVENTS] = self._table(keys.EVENTS, _EVENT_COLUMNS)
             for event in shown.events:
-                grown["gmar/events"].add_data(*(_cell(event.get(name)) for name in _EVENT_COLUMNS))
+                grown[keys.EVENTS].add_data(*(_cell(event.get(name)) for name in _EVENT_COLUMNS))
         if shown.image_rows and len(shown.heatmaps):
-            grown["gmar/images"] = self._table("gmar/images", _IMAGE_COLUMNS)
+            grown[keys.IMAGES] = self._table(keys.IMAGES, _IMAGE_COLUMNS)
             for row in _image_rows(shown):
-                grown["gmar/images"].add_data(*row)
+                grown[keys.IMAGES].add_data(*row)
         return grown
 
     def _table(self, key: str, columns: Sequence[str]) -> Any:
@@ -130,7 +129,7 @@ def _media(shown: Publication) -> dict[str, Any]:
     if finite.size:
         # A fixed range, in fair shares, so that the rows of all steps line up.
         counts = np.histogram(np.clip(finite, 0, 4), bins=32, range=(0, 4))
-        media["gmar/importance"] = wandb.Histogram(np_histogram=counts)
+        media[keys.IMPORTANCE_HISTOGRAM] = wandb.Histogram(np_histogram=counts)
     return media
 
 

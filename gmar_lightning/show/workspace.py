@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from gmar_lightning.show import keys
+
 _HOW_TO_READ = """\
 **Collapsed heads** above 0 is an alarm: look up the head in *head evolution*, a dark streak
 from the step of the flag.
@@ -51,24 +53,26 @@ def layout(entity: str, project: str, name: str = "GMAR") -> Any:
         name="GMAR",
         is_open=True,
         panels=[
-            wr.ScalarChart(title="collapsed heads now", metric="gmar/collapsed_heads"),
-            wr.LinePlot(title="collapsed heads", y=["gmar/collapsed_heads", "gmar/newly_collapsed"]),
-            wr.LinePlot(title="effective heads", y=["gmar/effective_heads", "gmar/importance_min"]),
-            wr.LinePlot(title="heatmap drift", y=["gmar/heatmap_drift", "gmar/heatmap_drift_from_first"]),
-            wr.MediaBrowser(title="head evolution", media_keys=["gmar/head_evolution"], layout=wide),
-            wr.MediaBrowser(title="head importance", media_keys=["gmar/head_importance"]),
+            wr.ScalarChart(title="collapsed heads now", metric=keys.COLLAPSED),
+            wr.LinePlot(title="collapsed heads", y=[keys.COLLAPSED, keys.NEWLY_COLLAPSED]),
+            wr.LinePlot(title="effective heads", y=[keys.EFFECTIVE_HEADS, keys.IMPORTANCE_MIN]),
+            wr.LinePlot(title="heatmap drift", y=[keys.DRIFT, keys.DRIFT_FROM_FIRST]),
+            wr.MediaBrowser(title="head evolution", media_keys=[keys.HEAD_EVOLUTION], layout=wide),
+            wr.MediaBrowser(title="head importance", media_keys=[keys.HEAD_IMPORTANCE]),
             wr.MediaBrowser(
                 title="heatmaps",
-                media_keys=["gmar/heatmaps"],
+                media_keys=[keys.HEATMAPS],
                 mode="grid",
                 grid_x_axis="step",
                 grid_y_axis="index",
                 layout=wide,
             ),
-            wr.LinePlot(title="effective heads per layer", metric_regex="gmar_layers/effective_heads.*"),
-            wr.LinePlot(title="every head", metric_regex="gmar_heads/.*", max_runs_to_show=1),
+            wr.LinePlot(
+                title="effective heads per layer", metric_regex=keys.any_layer(keys.LAYER_EFFECTIVE_HEADS)
+            ),
+            wr.LinePlot(title="every head", metric_regex=keys.any_layer(keys.HEAD_SHARE), max_runs_to_show=1),
             wr.MarkdownPanel(markdown=_HOW_TO_READ),
         ],
     )
-    settings = ws.WorkspaceSettings(x_axis="trainer/global_step")
+    settings = ws.WorkspaceSettings(x_axis=keys.STEP)
     return ws.Workspace(entity=entity, project=project, name=name, sections=[section], settings=settings)

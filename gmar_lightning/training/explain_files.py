@@ -17,8 +17,9 @@ from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.gmar import GMARResult, gmar
 from gmar_lightning.explain.importance import Norm
 from gmar_lightning.explain.rollout import Rollout
-from gmar_lightning.show.grids import importance_grid
-from gmar_lightning.show.render import contact_sheet, enlarged, overlay
+from gmar_lightning.show.grids import contribution_grid, importance_grid
+from gmar_lightning.show.head_pictures import all_heads_sheet
+from gmar_lightning.show.render import contact_sheet, enlarged, on_one_sheet, overlay
 from gmar_lightning.training.model import Classifier
 
 
@@ -33,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--norm", choices=get_args(Norm), default="l1")
     parser.add_argument("--rollout", choices=get_args(Rollout), default="gradient")
     parser.add_argument(
-        "--heads", action="store_true", help="also draw the head-importance grid of each image"
+        "--heads",
+        action="store_true",
+        help="also draw <name>_heads.png: contribution and importance of all heads, and what each one attends to",
     )
 
 
@@ -67,6 +70,7 @@ def explain_files(arguments: argparse.Namespace) -> int:
                 None if target is None else torch.tensor([target]),
                 norm=arguments.norm,
                 rollout=arguments.rollout,
+                head_maps=arguments.heads,
             )
         except (UnsupportedModelError, ValueError) as error:
             print(f"{arguments.checkpoint}: {error}", file=sys.stderr)
@@ -122,8 +126,18 @@ def _write(path: Path, photograph: np.ndarray, result: GMARResult, with_heads: b
     heat = overlay(image, result.heatmaps[0].numpy())
     Image.fromarray(contact_sheet([image, heat], columns=2)).save(path, quality=92)
     if with_heads:
-        grid = importance_grid(result.head_weights[0].numpy(), layers=result.layers)
-        Image.fromarray(grid).save(path.with_name(path.stem.removesuffix("_gmar") + "_heads.png"))
+        sheet = _heads_sheet(image, result)
+        Image.fromarray(sheet).save(path.with_name(path.stem.removesuffix("_gmar") + "_heads.png"))
+
+
+def _heads_sheet(image: np.ndarray, result: GMARResult) -> np.ndarray:
+    """Contribution and importance of all heads, and below what each of them attends to."""
+    grids = [
+        contribution_grid(result.contribution[0].abs().numpy(), layers=result.layers),
+        importance_grid(result.head_weights[0].numpy(), layers=result.layers),
+    ]
+    assert result.head_maps is not None, "they were asked for"
+    return on_one_sheet([grids, [all_heads_sheet(image, result.head_maps[0].numpy(), result.layers)]])
 
 
 def _said(result: GMARResult, names: Sequence[str] | None) -> str:

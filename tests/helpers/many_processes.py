@@ -21,8 +21,10 @@ import torch.distributed as dist
 from torch import nn
 
 from gmar_lightning.explain.gmar import gmar
-from gmar_lightning.monitor.measurement import ProbeError, measure
+from gmar_lightning.monitor.explanation import Explanation, explain_together
 from gmar_lightning.monitor.probe import ProbeBatch
+from gmar_lightning.monitor.processes import ProbeError, gathered
+from gmar_lightning.monitor.settings import ProbeSettings
 from tests.helpers.tiny import CLASSES, Classifier, digest, images_of, loaders, run_and_digest, vit, watcher
 
 
@@ -84,6 +86,14 @@ def train(name: str, folder: Path) -> dict[str, Any]:
     return {"with": with_it, "without": without}
 
 
+def explained(
+    model: nn.Module, probe: ProbeBatch, explain: Callable[..., Any] = gmar, **settings: Any
+) -> Explanation:
+    """The probe images explained as a probe does it: weights gathered once, images shared out."""
+    with gathered(model):
+        return explain_together(model, probe, ProbeSettings(**settings), explain)
+
+
 def shard(model: nn.Module, kind: str) -> nn.Module:
     """The model spread over the two processes."""
     if kind == "fully_shard":
@@ -107,12 +117,12 @@ def sharded(kind: str) -> dict[str, Any]:
     whole = vit().eval()
     model = shard(copy.deepcopy(whole), kind)
     probe = ProbeBatch(images_of(5), torch.arange(5) % CLASSES)
-    found = measure(model, probe, target="label", micro_batch_size=2)
+    found = explained(model, probe, target="label", micro_batch_size=2)
     alone = gmar(whole, probe.images, probe.labels)
     return {
-        "sharded": found.importance.tolist(),
+        "sharded": found.signals()["importance"].tolist(),
         "whole": alone.importance.mean(0).tolist(),
-        "maps": abs(found.heatmaps - alone.heatmaps.numpy()).max().item(),
+        "maps": abs(found.maps["gradient"] - alone.heatmaps.numpy()).max().item(),
         "layers": [list(found.layers), list(alone.layers)],
     }
 
@@ -125,9 +135,9 @@ def sharded_training(kind: str, probing: bool) -> str:
     probe = ProbeBatch(images_of(5), torch.arange(5) % CLASSES)
     for step in range(4):
         if probing:
-            measure(model, probe)
+            explained(model, probe)
             with contextlib.suppress(ValueError, ProbeError):
-                measure(model, probe, fails_on_one)
+                explained(model, probe, fails_on_one)
         images = images_of(4, seed=10 * step + dist.get_rank())
         torch.nn.functional.cross_entropy(model(images), torch.arange(4)).backward()
         optimizer.step()
@@ -157,7 +167,7 @@ def failing_measure(kind: str) -> dict[str, Any]:
         return gmar(*args, **settings)
 
     try:
-        found = measure(model, probe, explain)
+        found = explained(model, probe, explain)
     except Exception as error:
         return {
             "raised": type(error).__name__,

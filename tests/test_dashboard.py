@@ -1,25 +1,25 @@
 import numpy as np
 import pytest
 
-from gmar_lightning.show.panels import as_metrics, captions, effective_heads, scalars
+from gmar_lightning.monitor.record import ProbeRecord, effective_heads
+from gmar_lightning.show.dashboard import as_metrics, captions, scalars
+from tests.helpers.synthetic_history import collapse_event
 
 NAN = float("nan")
 
 
-def record(**changes):
+def record(importance=((3.0, 1.0), (2.0, NAN)), entropy=((0.5, 0.7), (0.9, NAN)), **changes) -> ProbeRecord:
     base = {
         "step": 9,
-        "importance": [[3.0, 1.0], [2.0, None]],
-        "shares": [[0.75, 0.25], [1.0, None]],
-        "entropy": [[0.5, 0.7], [0.9, None]],
-        "events": [{"kind": "collapsed"}, {"kind": "dominance"}],
-        "flagged": [[0, 1]],
-        "drift": None,
+        "global_step": 10,
         "seconds": 0.5,
-        "predictions": [1, 0],
-        "probabilities": [0.9, None],
+        "signals": {"importance": np.array(importance), "entropy": np.array(entropy)},
+        "events": (collapse_event(9, 0, 1), collapse_event(9, 0, 0, "dominance")),
+        "flagged": ((0, 1),),
+        "predictions": (1, 0),
+        "probabilities": (0.9, NAN),
     }
-    return base | changes
+    return ProbeRecord(**{**base, **changes})
 
 
 def test_numbers_of_a_ragged_model_by_hand():
@@ -36,27 +36,36 @@ def test_numbers_of_a_ragged_model_by_hand():
 
 
 def test_names_do_not_depend_on_what_was_found():
-    drift = {"rank_correlation_previous": [0.5, None], "rank_correlation_first": [1.0, 1.0]}
+    drift = {
+        "rank_correlation_previous": np.array([0.5, NAN]),
+        "rank_correlation_first": np.array([1.0, 1.0]),
+    }
     with_drift = scalars(record(drift=drift), heads=[2, 1])
     assert with_drift.keys() == scalars(record(), heads=[2, 1]).keys()
     assert with_drift["gmar/heatmap_drift"] == 0.5
 
 
 def test_nothing_measured_is_nan_not_zero():
-    table = [[None, None], [None, None]]
-    found = scalars(record(importance=table, shares=table, entropy=table), heads=[2, 2])
+    table = np.full((2, 2), NAN)
+    found = scalars(record(importance=table, entropy=table), heads=[2, 2])
     assert np.isnan(found["gmar/effective_heads"])
     assert np.isnan(found["gmar/importance_min"])
 
 
 def test_metrics_for_other_callbacks_are_finite_tensors():
-    found = as_metrics(record(importance=np.array([[3.0, 1.0], [2.0, NAN]])))
+    found = as_metrics(record())
     assert found["gmar/collapsed_heads"] == 1
     assert all(value.isfinite() for value in found.values())
 
 
 def test_equal_shares_are_all_the_heads():
     assert effective_heads(np.full((1, 6), 1 / 6)) == pytest.approx(6)
+
+
+def test_a_layer_without_gradient_uses_no_head_and_shares_nothing():
+    found = scalars(record(importance=[[3.0, 1.0], [0.0, 0.0]]), heads=[2, 2])
+    assert found["gmar_layers/effective_heads_L01"] == 0
+    assert found["gmar/importance_min"] == 0
 
 
 def test_captions_with_and_without_labels_and_names():

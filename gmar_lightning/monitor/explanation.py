@@ -1,0 +1,186 @@
+"""The probe images explained by all processes together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gmar_lightning.explain.gmar import GMARResult, gmar
+from gmar_lightning.explain.rollout import Rollout
+from gmar_lightning.monitor.probe import ProbeBatch
+from gmar_lightning.monitor.processes import ProbeError, joined, on_every_process, rows_of_process
+from gmar_lightning.monitor.record import SIGNALS, Signal
+from gmar_lightning.monitor.settings import ProbeSettings
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """What `gmar` found of every probe image, from all processes, in the order of the images.
+
+    Attributes:
+        maps: Form of the rollout to `(images, grid_h, grid_w)`, the primary form first.
+        importance: `(images, layers, heads)`.
+        others: Every other signal per head, name to `(images, layers, heads)`.
+        logits: `(images, classes)`.
+        targets: `(images,)`, the classes explained.
+        scores: `(images,)`, the explained scalars.
+        layers: Module path of each layer.
+        head_maps: `(images, layers, heads, grid_h, grid_w)`; None unless asked for.
+        micro_batch_size: Images per forward.
+        out_of_memory: Whether that was halved because memory ran out.
+    """
+
+    maps: Mapping[str, np.ndarray]
+    importance: np.ndarray
+    others: Mapping[str, np.ndarray]
+    logits: np.ndarray
+    targets: np.ndarray
+    scores: np.ndarray
+    layers: tuple[str, ...]
+    head_maps: np.ndarray | None = None
+    micro_batch_size: int = 1
+    out_of_memory: bool = False
+
+    def signals(self) -> dict[str, np.ndarray]:
+        """Name to table `(layers, heads)`, each image's values combined as `record.SIGNALS` says."""
+        per_image = {"importance": self.importance, **self.others}
+        if "contribution" in per_image:
+            per_image["contribution_signed"] = per_image["contribution"]
+        return {
+            name: _over_images(values.astype(np.float64), SIGNALS.get(name, Signal("unknown")).over_images)
+            for name, values in per_image.items()
+        }
+
+
+def explain_together(
+    model: nn.Module,
+    probe: ProbeBatch,
+    settings: ProbeSettings,
+    explain: Callable[..., GMARResult] = gmar,
+) -> Explanation:
+    """Explain the probe images on all processes together.
+
+    Out of memory, all processes retry with half the micro-batch until it is one image.
+
+    Args:
+        model: The module to explain, held whole by every process (`processes.gathered`).
+        probe: The images.
+        settings: The form of the explanation.
+        explain: `gmar`, or what stands for it.
+
+    Returns:
+        The explanation, the same on every process.
+
+    Raises:
+        UnsupportedModelError: Where `gmar` does.
+        ProbeError: When the probe failed on this or another process.
+    """
+    rows = rows_of_process(len(probe))
+    images, targets = probe.images[rows], _targets(probe, settings.target, rows)
+    size, exhausted = min(settings.micro_batch_size or len(rows), len(rows)), False
+    # All forms come from the same pass, so the record keeps them all.
+    others = [form for form in get_args(Rollout) if form != settings.rollout]
+
+    def explained() -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+        with settings.precision():
+            result = explain(
+                model,
+                images,
+                targets,
+                norm=settings.norm,
+                rollout=(settings.rollout, *others),
+                residual=settings.residual,
+                module=settings.module,
+                micro_batch_size=size,
+                signals=True,
+            )
+        return _per_image(result), result.layers
+
+    while True:
+        try:
+            parts = on_every_process(explained)
+        except MemoryError:
+            if size == 1:
+                raise ProbeError("out of memory with one image at a time") from None
+            size, exhausted = -(-size // 2), True
+        else:
+            return _together([part for part, _ in parts], len(probe), parts[0][1], size, exhausted)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def _targets(probe: ProbeBatch, target: str | int, rows: list[int]) -> Tensor | None:
+    if target == "predicted":
+        return None
+    if target == "label":
+        if probe.labels is None:
+            raise ProbeError('target="label" needs labels, and the probe batch has none')
+        return probe.labels[rows]
+    return torch.full((len(rows),), int(target))
+
+
+def _per_image(result: GMARResult) -> dict[str, np.ndarray]:
+    """Everything in a result that has a row per image, under flat names."""
+    assert result.logits is not None
+    assert result.targets is not None
+    parts = {
+        "importance": result.importance,
+        "logits": result.logits,
+        "targets": result.targets,
+        "scores": result.score,
+        "signal contribution": result.contribution,
+        **{f"signal {name}": values for name, values in result.signals.items()},
+        **{f"map {form}": maps for form, maps in result.maps.items()},
+    }
+    if result.head_maps is not None:
+        parts["head_maps"] = result.head_maps
+    return {name: _as_array(value) for name, value in parts.items()}
+
+
+def _as_array(value: Tensor) -> np.ndarray:
+    # NumPy knows no bfloat16.
+    return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).cpu().numpy()
+
+
+def _together(
+    parts: list[dict[str, np.ndarray]], count: int, layers: tuple[str, ...], size: int, exhausted: bool
+) -> Explanation:
+    whole = joined(parts, count)
+
+    def named(kind: str) -> dict[str, np.ndarray]:
+        return {name.removeprefix(kind): value for name, value in whole.items() if name.startswith(kind)}
+
+    return Explanation(
+        maps=named("map "),
+        importance=whole["importance"],
+        others=named("signal "),
+        logits=whole["logits"],
+        targets=whole["targets"],
+        scores=whole["scores"],
+        layers=layers,
+        head_maps=whole.get("head_maps"),
+        micro_batch_size=size,
+        out_of_memory=exhausted,
+    )
+
+
+def _over_images(values: np.ndarray, how: str) -> np.ndarray:
+    """One table `(layers, heads)` from `(images, layers, heads)`."""
+    if how == "max":
+        return values.max(0)
+    if how == "most frequent":
+        return _most_frequent(values)
+    return (np.abs(values) if how == "mean of absolutes" else values).mean(0)
+
+
+def _most_frequent(values: np.ndarray) -> np.ndarray:
+    """The most frequent value over the images, the smallest of equally frequent ones; NaN stays NaN."""
+    counts = (values[:, None] == values[None]).sum(1)  # (images, layers, heads): how often each value occurs
+    # The smallest index wins a tie, so that the answer does not depend on the order of the images.
+    best = np.where(counts == counts.max(0), values, np.inf).min(0)
+    return np.where(np.isnan(values).any(0), np.nan, best)

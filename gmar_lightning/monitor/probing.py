@@ -1,0 +1,230 @@
+"""Model in, `ProbeRecord` out: one run's probes are explained, judged and counted here. Knows no trainer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from gmar_lightning.monitor.collapse import CollapseDetector
+from gmar_lightning.monitor.confirmation import confirm_by_ablation
+from gmar_lightning.monitor.drift import DriftTracker
+from gmar_lightning.monitor.events import HeadEvent
+from gmar_lightning.monitor.explanation import Explanation, explain_together
+from gmar_lightning.monitor.live import FAITHFULNESS, measure_faithfulness
+from gmar_lightning.monitor.probe import ProbeBatch
+from gmar_lightning.monitor.processes import gathered, refused
+from gmar_lightning.monitor.record import ProbeRecord
+from gmar_lightning.monitor.say import SayOnce
+from gmar_lightning.monitor.settings import ProbeSettings
+
+# So many failures in a row, and no more probes are taken: what fails three times fails always.
+MOST_FAILURES = 3
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a probe is taken: the logger's x, optimizer steps, epoch, and what the trainer had logged last."""
+
+    step: int
+    global_step: int
+    epoch: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Prober:
+    """Takes the probes of one run. Every process calls; all of them come to the same record.
+
+    Args:
+        settings: What is asked of the model.
+        detector: Judges each probe; None for no judgement.
+        on_error: "raise", or "warn" to let the run go on.
+        say: Says a sentence on the console, once.
+
+    Attributes:
+        settings: What is asked of the model; its micro-batch shrinks when memory runs out.
+        detector: The detector.
+        probe: The images; None before `begin`.
+        segment: Number of this set of images in the record.
+        taken: Probes taken, failed ones included.
+        failed: How many of them failed.
+    """
+
+    def __init__(
+        self,
+        settings: ProbeSettings,
+        *,
+        detector: CollapseDetector | None = None,
+        on_error: Literal["warn", "raise"] = "warn",
+        say: SayOnce | None = None,
+    ) -> None:
+        self.settings, self.detector = settings, detector
+        self.probe: ProbeBatch | None = None
+        self.segment = self.taken = self.failed = 0
+        self._on_error, self._say = on_error, SayOnce() if say is None else say
+        self._failed_in_a_row = 0
+        self._drift = DriftTracker()
+
+    @property
+    def spent(self) -> bool:
+        """Whether so many probes failed in a row that no more are taken."""
+        return self._failed_in_a_row >= MOST_FAILURES
+
+    def begin(self, probe: ProbeBatch, segment: int = 0, drift: DriftTracker | None = None) -> None:
+        """Set the images of the probes to come.
+
+        Args:
+            probe: The images.
+            segment: Their number in the record.
+            drift: Knows the maps that earlier probes of this segment had, when a record is continued.
+        """
+        self.probe, self.segment = probe, segment
+        self._drift = DriftTracker() if drift is None else drift
+
+    def take(self, model: nn.Module, moment: Moment, first: bool = False) -> ProbeRecord:
+        """Explain and judge the model as it is now.
+
+        Args:
+            model: The module to explain; on a sharded model every process must call.
+            moment: When this is.
+            first: A model that cannot be explained is refused at the first probe, before any step.
+
+        Returns:
+            The record, complete; of a probe that failed, with `failure`.
+
+        Raises:
+            Exception: What went wrong, with `on_error="raise"`, or when the first probe was refused.
+        """
+        started = time.monotonic()
+        self.taken += 1
+        record = ProbeRecord(
+            step=moment.step,
+            global_step=moment.global_step,
+            epoch=moment.epoch,
+            segment=self.segment,
+            metrics=moment.metrics,
+        )
+        try:
+            with gathered(model):
+                record = self._completed(model, record)
+        except Exception as error:
+            if self._on_error == "raise" or (first and refused(error)):
+                raise
+            self._note_failure(error, moment.step)
+            record = replace(record, failure=f"{type(error).__name__}: {error}")
+        else:
+            self._failed_in_a_row = 0
+        return replace(record, seconds=time.monotonic() - started)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain values."""
+        return {
+            "detector": None if self.detector is None else self.detector.state_dict(),
+            "taken": self.taken,
+            "failed": self.failed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        if self.detector is not None and state["detector"] is not None:
+            self.detector.load_state_dict(state["detector"])
+        self.taken, self.failed = state["taken"], state["failed"]
+
+    def _completed(self, model: nn.Module, record: ProbeRecord) -> ProbeRecord:
+        """The record with everything that the model has to be asked for."""
+        assert self.probe is not None, "begin() hands over the images"
+        explanation = self._explained(model, self.probe, record.step)
+        signals = explanation.signals()
+        events = self._judged(model, self.probe, record.step, explanation, signals)
+        probabilities = torch.from_numpy(explanation.logits).softmax(-1).numpy()
+        return replace(
+            record,
+            signals=signals,
+            maps=explanation.maps,
+            head_maps=explanation.head_maps,
+            layers=explanation.layers,
+            targets=tuple(explanation.targets.tolist()),
+            predictions=tuple(explanation.logits.argmax(-1).tolist()),
+            probabilities=tuple(probabilities.max(-1).tolist()),
+            scores=tuple(explanation.scores.tolist()),
+            events=tuple(events),
+            flagged=tuple(self.detector.flagged) if self.detector is not None else (),
+            drift=self._drift_of(explanation),
+            faithfulness=self._faithfulness(model, self.probe, record.step, explanation),
+        )
+
+    def _explained(self, model: nn.Module, probe: ProbeBatch, step: int) -> Explanation:
+        explanation = explain_together(model, probe, self.settings)
+        if explanation.out_of_memory:
+            # What did not fit once will not fit the next time either.
+            size = explanation.micro_batch_size
+            self.settings = replace(self.settings, micro_batch_size=size)
+            self._say(
+                f"GMARCallback: the probe at step {step} ran out of memory; from here on it takes "
+                f"{size} image(s) at a time (micro_batch_size)",
+                "memory",
+            )
+        return explanation
+
+    def _judged(
+        self,
+        model: nn.Module,
+        probe: ProbeBatch,
+        step: int,
+        explanation: Explanation,
+        signals: Mapping[str, np.ndarray],
+    ) -> list[HeadEvent]:
+        if self.detector is None:
+            return []
+        events = self.detector.update(step, signals["importance"], explanation.layers)
+        if not self.settings.confirm:
+            return events
+        try:
+            return confirm_by_ablation(
+                model, probe, explanation, events, self.detector.flagged, self.settings
+            )
+        except Exception as error:
+            self._say(
+                f"GMARCallback: the flags of step {step} could not be confirmed by ablation ({error})",
+                "confirm",
+            )
+            return events
+
+    def _drift_of(self, explanation: Explanation) -> Mapping[str, np.ndarray] | None:
+        primary = next(iter(explanation.maps.values()), None)
+        return None if primary is None else self._drift.compare(primary)
+
+    def _faithfulness(
+        self, model: nn.Module, probe: ProbeBatch, step: int, explanation: Explanation
+    ) -> dict[str, float] | None:
+        every = self.settings.faithfulness_every
+        if every is None:
+            return None
+        # Always the same names: a CSV file has the columns of its first row.
+        nothing = dict.fromkeys(FAITHFULNESS, math.nan)
+        if (self.taken - 1) % every:
+            return nothing
+        try:
+            return measure_faithfulness(model, probe, explanation, self.settings)
+        except Exception as error:
+            self._say(
+                f"GMARCallback: the faithfulness of the maps at step {step} could not be measured ({error})",
+                "faithfulness",
+            )
+            return nothing
+
+    def _note_failure(self, error: Exception, step: int) -> None:
+        self.failed += 1
+        self._failed_in_a_row += 1
+        cause = f"{type(error).__name__}: {error}"
+        self._say(f"GMARCallback: the probe at step {step} failed, training goes on ({cause})", cause)
+        if self.spent:
+            self._say(
+                f"GMARCallback: {MOST_FAILURES} probes in a row failed; no more probes in this run", "spent"
+            )

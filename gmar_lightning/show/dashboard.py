@@ -1,0 +1,159 @@
+"""One record to numbers and pictures, under the names of `show.keys`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from gmar_lightning.monitor.history import History
+from gmar_lightning.monitor.record import ProbeRecord, effective_heads, head_counts
+from gmar_lightning.show import keys
+from gmar_lightning.show.grids import evolution_raster, importance_grid, relative_shares
+from gmar_lightning.show.render import overlay
+
+
+def scalars(record: ProbeRecord, heads: Sequence[int], per_head: bool = False) -> dict[str, float]:
+    """The numbers of one probe, always under the same names.
+
+    Args:
+        record: The probe.
+        heads: Heads of each layer.
+        per_head: Also one number per head.
+
+    Returns:
+        Name to number, NaN where there is none.
+    """
+    shape = len(heads), max(heads, default=0)
+    nothing = np.full(shape, np.nan)
+    importance, shares = (nothing if table is None else table for table in (record.importance, record.shares))
+    entropy = record.signals.get("entropy", nothing)
+    relative, effective = relative_shares(shares), effective_heads(shares)
+    numbers = {
+        keys.COLLAPSED: float(len(record.flagged)),
+        keys.NEWLY_COLLAPSED: float(record.newly_collapsed),
+        keys.EFFECTIVE_HEADS: _mean(effective),
+        keys.IMPORTANCE_MIN: float(np.nanmin(relative)) if np.isfinite(relative).any() else np.nan,
+        keys.ENTROPY: _mean(entropy),
+        keys.DRIFT: _drift(record, "rank_correlation_previous"),
+        keys.DRIFT_FROM_FIRST: _drift(record, "rank_correlation_first"),
+        keys.SECONDS: record.seconds,
+    }
+    for layer in range(len(heads)):
+        numbers[keys.LAYER_EFFECTIVE_HEADS.format(layer=layer)] = float(effective[layer])
+        numbers[keys.LAYER_IMPORTANCE.format(layer=layer)] = _sum(importance[layer])
+        numbers[keys.LAYER_ENTROPY.format(layer=layer)] = _mean(entropy[layer])
+    if per_head:
+        numbers.update({name: float(relative[cell]) for name, cell in keys.head_names(heads)})
+    for name, value in (record.faithfulness or {}).items():
+        numbers[f"{keys.FAITHFULNESS_PREFIX}{name}"] = value
+    return numbers
+
+
+def as_metrics(record: ProbeRecord) -> dict[str, torch.Tensor]:
+    """The numbers that other callbacks may monitor, for `trainer.callback_metrics`."""
+    heads = [] if record.importance is None else head_counts(record.importance)
+    return {
+        name: torch.tensor(value)
+        for name, value in scalars(record, heads).items()
+        if name.startswith("gmar/") and math.isfinite(value)
+    }
+
+
+def captions(record: ProbeRecord, labels: Sequence[int] | None, names: Sequence[str] | None) -> list[str]:
+    """`#3 cat → dog p=0.81 · step 1200` for each probe image."""
+    lines = []
+    for index, (prediction, p) in enumerate(zip(record.predictions, record.probabilities, strict=True)):
+        truth = f"{_named(labels[index], names)} → " if labels is not None else ""
+        p = 0.0 if math.isnan(p) else p
+        lines.append(f"#{index} {truth}{_named(prediction, names)} p={p:.2f} · step {record.step}")
+    return lines
+
+
+def image_rows(
+    record: ProbeRecord, labels: Sequence[int] | None, names: Sequence[str] | None
+) -> list[dict[str, Any]]:
+    """What is known of each probe image at a probe: a row of a table.
+
+    Returns:
+        `image` (its index), `label`, `prediction`, `probability`, `score`, `drift`, `drift_from_first`; None
+        where a value is missing. Drift is 1 minus the rank correlation of the maps.
+    """
+    return [
+        {
+            "image": index,
+            "label": None if labels is None else _named(labels[index], names),
+            "prediction": _named(prediction, names),
+            "probability": record.probabilities[index],
+            "score": record.scores[index],
+            "drift": _unlikeness(record, "rank_correlation_previous", index),
+            "drift_from_first": _unlikeness(record, "rank_correlation_first", index),
+        }
+        for index, prediction in enumerate(record.predictions)
+    ]
+
+
+def pictures(history: History, record: ProbeRecord, images: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Overlays and grids of the last probe, as the fields of a `Publication`.
+
+    Args:
+        history: The run so far.
+        record: The probe, with its maps.
+        images: The clean photographs to draw on, uint8; as many as are drawn.
+
+    Returns:
+        `heatmaps`, `grids` and `importance` of a `Publication`.
+    """
+    shares, maps = history.shares(), record.heatmaps
+    # Relevance per token of a sequence is no picture.
+    grids = maps if maps is not None and maps.ndim == 3 else ()
+    return {
+        "heatmaps": [overlay(image, grid) for image, grid in zip(images, grids, strict=False)],
+        "grids": {
+            keys.HEAD_IMPORTANCE: importance_grid(shares[-1], record.flagged, history.layers),
+            keys.HEAD_EVOLUTION: evolution_raster(shares, history.steps, history.events, history.layers),
+        },
+        "importance": relative_shares(shares[-1]).ravel(),
+    }
+
+
+def summary(history: History) -> Mapping[str, Any]:
+    """What a run came to: heads flagged now and ever, when the first collapsed, which is weakest."""
+    good = [record for record in history.records if record.importance is not None]
+    collapses = [event for record in history.records for event in record.events if event.kind == "collapsed"]
+    numbers: dict[str, Any] = {
+        keys.COLLAPSED_FINAL: len(good[-1].flagged) if good else 0,
+        keys.COLLAPSED_EVER: len({(event.layer, event.head) for event in collapses}),
+    }
+    if collapses:
+        numbers[keys.FIRST_COLLAPSE] = collapses[0].step
+    shares = good[-1].shares if good else None
+    if shares is not None and np.isfinite(shares).any():
+        layer, head = np.unravel_index(np.nanargmin(shares), shares.shape)
+        numbers[keys.WORST_HEAD] = f"{history.layers[layer]} head {head}"
+    return numbers
+
+
+def _drift(record: ProbeRecord, name: str) -> float:
+    return 1.0 - _mean(np.asarray((record.drift or {}).get(name, ()), dtype=np.float64))
+
+
+def _unlikeness(record: ProbeRecord, name: str, index: int) -> float | None:
+    return 1.0 - float(record.drift[name][index]) if record.drift and name in record.drift else None
+
+
+def _named(index: int, names: Sequence[str] | None) -> str:
+    return str(names[index]) if names is not None and 0 <= index < len(names) else str(index)
+
+
+def _mean(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean(dtype=np.float64)) if finite.size else float("nan")
+
+
+def _sum(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.sum(dtype=np.float64)) if finite.size else float("nan")
