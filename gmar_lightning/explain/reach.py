@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import array
-import copy
 import functools
 import io
 import itertools
-import os
-import sys
 import types
 from collections import deque
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,18 +16,35 @@ import torch
 from torch import Tensor, nn
 
 from gmar_lightning.explain import state
-from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.iterators import Guard, lent
 from gmar_lightning.explain.state import (
     Saved,
     SavedArray,
-    SavedClass,
     SavedContainer,
-    SavedGeometry,
     SavedNames,
     SavedPosition,
+    generator_state,
+)
+from gmar_lightning.explain.tensorstate import (
+    SavedClass,
+    SavedGeometry,
     SavedStorage,
     SavedVersion,
-    generator_state,
+    is_lazy,
+)
+from gmar_lightning.explain.watched import (
+    attributes_of,
+    functions_that_run,
+    has_value,
+    is_data,
+    is_iterator,
+    is_library,
+    is_sharded,
+    is_watched,
+    names_in,
+    refill,
+    short_key,
+    slots_of,
 )
 
 # The walk ends here; what lies beyond is not watched. A ViT-L in a LightningModule has about 20,000 objects.
@@ -42,29 +55,6 @@ _IMMUTABLE = (
     bool, int, float, complex, str, bytes, range, slice, type(None), type(Ellipsis), types.ModuleType,
     torch.dtype, torch.device, torch.Size, np.dtype, np.generic, types.BuiltinFunctionType,
 )  # fmt: skip
-# Code that belongs to nobody's experiment: its classes and globals hold no state of a run, or state (compilers,
-# process groups, trainers) that only the library itself may put back.
-_LIBRARIES = {
-    "torch", "torchvision", "torchaudio", "torchmetrics", "numpy", "scipy", "PIL", "pandas", "matplotlib",
-    "lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning", "timm", "transformers",
-    "huggingface_hub", "safetensors", "tokenizers", "accelerate", "wandb", "tensorboard", "gmar_lightning",
-    "jsonargparse", "pytest", "_pytest", "pluggy", "tqdm", "rich",
-}  # fmt: skip
-_STANDARD = str(Path(os.__file__).parent)
-# Instances of library classes that are state of the user's model all the same.
-_WALKED = (
-    "torch.nn",
-    "torch.ao",
-    "torch.optim",
-    "transformers",
-    "timm",
-    "torchvision",
-    "torchmetrics",
-    "types",
-)
-_NEVER = ("torch.distributed", "torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx")
-# What runs when a model or a data set is asked for something; other methods are followed from there by name.
-_ENTRIES = ("forward", "__call__", "__getitem__", "__getitems__", "__iter__", "__next__", "__len__")
 
 
 class Snapshot:
@@ -87,7 +77,7 @@ class Snapshot:
         self.iterators: list[tuple[str, Any]] = []
         self.unseen: list[str] = []
         self.truncated = False
-        self._sharded = any(_is_sharded(root) for root in roots.values())
+        self._sharded = any(is_sharded(root) for root in roots.values())
         self._keep = keep
         # Objects are held, so that no address is used twice while the walk goes on.
         self._seen: dict[int, Any] = {id(thing): thing for thing in skip}
@@ -104,16 +94,16 @@ class Snapshot:
                 self.unseen.append(item[0])
         self._seen.clear()
 
-    def guard(self) -> list[_Guard]:
+    def guard(self) -> list[Guard]:
         """Lend copies of live iterators, and in place of those that cannot be copied a guard that raises.
 
         The originals return with `restore`.
         """
-        lent = {id(thing): _lent(where, thing) for where, thing in self.iterators}
+        loans = {id(thing): lent(where, thing) for where, thing in self.iterators}
         for saved in self.saved:
-            if lent and isinstance(saved, (SavedContainer, SavedNames)):
-                _quietly(functools.partial(saved.lend, lent))
-        return [thing for thing in lent.values() if isinstance(thing, _Guard)]
+            if loans and isinstance(saved, (SavedContainer, SavedNames)):
+                _quietly(functools.partial(saved.lend, loans))
+        return [thing for thing in loans.values() if isinstance(thing, Guard)]
 
     def changes(self) -> list[Saved]:
         """What is no longer as it was."""
@@ -143,7 +133,7 @@ class Snapshot:
         elif (generator := generator_state(where, thing)) is not None:
             self.saved.append(generator)
         elif isinstance(thing, (bytearray, array.array)):
-            self.saved.append(SavedPosition(where, lambda: thing[:], functools.partial(_refill, thing)))
+            self.saved.append(SavedPosition(where, lambda: thing[:], functools.partial(refill, thing)))
         else:
             self._behaviour(where, thing)
         self._own_attributes(where, thing)
@@ -155,7 +145,7 @@ class Snapshot:
             self._callable(where, thing)
         elif isinstance(thing, io.IOBase):
             self._file(where, thing)
-        elif _is_iterator(thing):
+        elif is_iterator(thing):
             self.iterators.append((where, thing))
         else:
             self._object(where, thing)
@@ -165,12 +155,15 @@ class Snapshot:
             self._queue.append((where, thing, weight))
 
     def _tensor(self, where: str, tensor: Tensor, weight: bool) -> None:
-        if hasattr(tensor, "__tensor_flatten__") and not state.is_lazy(tensor):
+        if hasattr(tensor, "__tensor_flatten__") and not is_lazy(tensor):
             for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
                 self._then(f"{where}.{name}", getattr(tensor, name), weight)
             return
         if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
             return
+        weight = weight or isinstance(tensor, nn.Parameter)
+        if weight and self._sharded:
+            return  # sharding moves weights about, and puts them back itself
         self.saved.append(SavedGeometry(where, tensor))
         with torch._C.DisableTorchFunctionSubclass():
             storage, gradient = tensor.untyped_storage(), tensor.grad if tensor.is_leaf else None
@@ -179,7 +172,6 @@ class Snapshot:
         if storage.nbytes() == 0 or storage._cdata in self._storages:
             return
         self._storages.add(storage._cdata)
-        weight = weight or isinstance(tensor, nn.Parameter)
         if weight and not self._keep(where) and not tensor.is_inference():
             self.saved.append(SavedVersion(where, tensor))
         else:
@@ -201,7 +193,7 @@ class Snapshot:
         if isinstance(container, dict):
             step = max(1, len(container) // _LONG)
             for key, value in itertools.islice(state.dict_items(container), 0, None, step):
-                name = f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{_short(key)}]"
+                name = f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{short_key(key)}]"
                 self._then(where + name, value, weight)
             return
         elements: Any = container if isinstance(container, (list, tuple)) else list(container)
@@ -214,26 +206,33 @@ class Snapshot:
         if isinstance(thing, torch.jit.ScriptModule):
             self._scripted(where, thing)
         kind = type(thing)
-        if not _is_watched(kind):
+        if kind.__name__ == "FullyShardedDataParallel":
+            # FSDP (version 1) keeps its own books in the modules it wraps; only what it wraps is the user's.
+            for name, child in vars(thing)["_modules"].items():
+                self._then(f"{where}.{name}", child)
+        if not is_watched(kind):
             return
-        optimizer = isinstance(thing, torch.optim.Optimizer)
-        attributes = _attributes(thing)
-        if attributes is not None:
-            self.saved.append(SavedContainer(where, attributes))
-            for name, value in attributes.items():
-                if name in ("_parameters", "_buffers", "_modules") and isinstance(value, dict):
-                    # Paths as `named_parameters` writes them. Sharding replaces weights and is left to do so.
-                    self._seen[id(value)] = value
-                    if self._sharded and name == "_parameters":
-                        continue
-                    self.saved.append(SavedContainer(f"{where}.{name}", value))
-                    for inner, child in value.items():
-                        self._then(f"{where}.{inner}", child, name == "_parameters")
-                else:
-                    self._then(f"{where}.{name}", value, optimizer and name == "state")
-        if slots := _slots(kind):
-            self._names(where, thing, slots)
+        self._attributes(where, thing)
+        if names := slots_of(kind):
+            self._names(where, thing, names)
         self._then(kind.__qualname__, kind)
+
+    def _attributes(self, where: str, thing: Any) -> None:
+        optimizer, own = isinstance(thing, torch.optim.Optimizer), attributes_of(thing)
+        if own is None:
+            return
+        self.saved.append(SavedContainer(where, own))
+        for name, value in own.items():
+            if name not in ("_parameters", "_buffers", "_modules") or not isinstance(value, dict):
+                self._then(f"{where}.{name}", value, optimizer and name == "state")
+                continue
+            # Paths as `named_parameters` writes them. Sharding replaces weights and is left to do so.
+            self._seen[id(value)] = value
+            if self._sharded and name == "_parameters":
+                continue
+            self.saved.append(SavedContainer(f"{where}.{name}", value))
+            for inner, child in value.items():
+                self._then(f"{where}.{inner}", child, name == "_parameters")
 
     def _own_attributes(self, where: str, thing: Any) -> None:
         """Attributes of a container's or function's subclass beside its contents."""
@@ -241,13 +240,13 @@ class Snapshot:
             "builtins",
             "collections",
         ):
-            attributes = _attributes(thing)
-            if attributes is not None and _is_watched(type(thing)):
-                self._then(where, attributes)
+            own = attributes_of(thing)
+            if own is not None and is_watched(type(thing)):
+                self._then(where, own)
 
-    def _names(self, where: str, thing: Any, slots: tuple[str, ...]) -> None:
+    def _names(self, where: str, thing: Any, names: tuple[str, ...]) -> None:
         def read() -> dict[str, Any]:
-            return {n: object.__getattribute__(thing, n) for n in slots if _has(thing, n)}
+            return {n: object.__getattribute__(thing, n) for n in names if has_value(thing, n)}
 
         self.saved.append(
             SavedNames(
@@ -262,11 +261,11 @@ class Snapshot:
 
     def _class(self, where: str, kind: type) -> None:
         for owner in kind.__mro__:
-            if _is_library(owner.__module__):
+            if is_library(owner.__module__):
                 continue
 
             def read(owner: type = owner) -> dict[str, Any]:
-                return {name: value for name, value in vars(owner).items() if _is_data(name, value)}
+                return {name: value for name, value in vars(owner).items() if is_data(name, value)}
 
             self.saved.append(
                 SavedNames(
@@ -278,7 +277,7 @@ class Snapshot:
             )
             for name, value in read().items():
                 self._then(f"{owner.__qualname__}.{name}", value)
-        for function in _functions_that_run(kind):
+        for function in functions_that_run(kind):
             self._then(f"{kind.__qualname__}.{function.__name__}", function)
 
     def _callable(self, where: str, thing: Any) -> None:
@@ -292,7 +291,7 @@ class Snapshot:
                 self._then(where, part)
 
     def _function(self, where: str, function: types.FunctionType) -> None:
-        if _is_library(function.__module__ or ""):
+        if is_library(function.__module__ or ""):
             return
         for index, cell in enumerate(function.__closure__ or ()):
             name = function.__code__.co_freevars[index]
@@ -300,7 +299,7 @@ class Snapshot:
         self._then(f"{where}.__defaults__", function.__defaults__)
         self._then(f"{where}.__kwdefaults__", function.__kwdefaults__)
         self._then(where, function.__dict__)
-        self._globals(function.__globals__, _names_in(function.__code__))
+        self._globals(function.__globals__, names_in(function.__code__))
 
     def _cell(self, where: str, cell: Any) -> None:
         def read() -> dict[str, Any]:
@@ -328,9 +327,9 @@ class Snapshot:
         self.saved.append(SavedNames(module, read, namespace.__setitem__, namespace.__delitem__))
         for name, value in read().items():
             if isinstance(value, types.ModuleType):
-                if not _is_library(value.__name__) and id(value) not in self._seen:
+                if not is_library(value.__name__) and id(value) not in self._seen:
                     self._globals_of_module(value, names)
-            elif not isinstance(value, type) or not _is_library(value.__module__):
+            elif not isinstance(value, type) or not is_library(value.__module__):
                 self._then(f"{module}.{name}", value)
 
     def _globals_of_module(self, module: types.ModuleType, names: set[str]) -> None:
@@ -362,139 +361,9 @@ class Snapshot:
                 )
 
 
-class _Guard:
-    """Stands in for a live generator while a probe runs: what was drawn from it could not be put back."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-
-    def __iter__(self) -> _Guard:
-        return self
-
-    def __next__(self) -> Any:
-        raise UnsupportedModelError(
-            f"the forward pass draws from {self.where}, a live iterator that can be neither rewound nor copied: "
-            "what a probe takes from it, training would miss."
-        )
-
-    send = throw = __next__
-
-
-def _lent(where: str, iterator: Any) -> Any:
-    if isinstance(iterator, types.GeneratorType) or type(iterator).__module__.startswith("torch."):
-        return _Guard(where)
-    try:
-        return copy.deepcopy(iterator)
-    except Exception:
-        return _Guard(where)
-
-
 def _quietly(act: Callable[[], Any]) -> Any:
     # A user's object may refuse to be looked at; then it counts as changed, and is named.
     try:
         return act()
     except Exception:
         return True
-
-
-def _refill(thing: Any, content: Any) -> None:
-    thing[:] = content
-
-
-def _attributes(thing: Any) -> dict[str, Any] | None:
-    try:
-        attributes = object.__getattribute__(thing, "__dict__")
-    except AttributeError:
-        return None
-    return attributes if isinstance(attributes, dict) else None
-
-
-def _has(thing: Any, name: str) -> bool:
-    try:
-        object.__getattribute__(thing, name)
-    except AttributeError:
-        return False
-    return True
-
-
-@functools.lru_cache(maxsize=4096)
-def _slots(kind: type) -> tuple[str, ...]:
-    return tuple(
-        name
-        for owner in kind.__mro__
-        if not _is_library(owner.__module__)
-        for name, member in vars(owner).items()
-        if isinstance(member, types.MemberDescriptorType)
-    )
-
-
-def _is_library(module: str) -> bool:
-    return _is_library_root(module.partition(".")[0])
-
-
-@functools.cache
-def _is_library_root(root: str) -> bool:
-    if root in _LIBRARIES or root in sys.builtin_module_names:
-        return True
-    # By address, not by name: an experiment may well have a `code.py`, `types.py` or `profile.py` of its own.
-    file = getattr(sys.modules.get(root), "__file__", None) or ""
-    return file.startswith(_STANDARD) and "site-packages" not in file
-
-
-def _is_watched(kind: type) -> bool:
-    module = kind.__module__ or ""
-    if issubclass(kind, nn.Module):
-        # FSDP (version 1) keeps its own books in the modules it wraps.
-        return kind.__name__ != "FullyShardedDataParallel"
-    if module.startswith(_NEVER):
-        return False
-    return not _is_library(module) or module.startswith(_WALKED)
-
-
-def _is_sharded(root: Any) -> bool:
-    return isinstance(root, nn.Module) and any(
-        owner.__module__.startswith("torch.distributed.fsdp")
-        for part in root.modules()
-        for owner in type(part).__mro__
-    )
-
-
-def _is_iterator(thing: Any) -> bool:
-    return hasattr(type(thing), "__next__") and _is_library(type(thing).__module__ or "")
-
-
-def _is_data(name: str, value: Any) -> bool:
-    return not (
-        name.startswith(("__", "_abc_"))
-        or isinstance(value, (types.FunctionType, staticmethod, classmethod, property, type))
-        or hasattr(type(value), "__get__")
-    )
-
-
-def _functions_that_run(kind: type) -> list[types.FunctionType]:
-    """The functions of a class that its entry points may call, followed by name."""
-    functions: dict[str, types.FunctionType] = {}
-    for owner in kind.__mro__:
-        if not _is_library(owner.__module__):
-            for name, value in vars(owner).items():
-                inner = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-                if isinstance(inner, types.FunctionType):
-                    functions.setdefault(name, inner)
-    running, names = list[types.FunctionType](), [name for name in _ENTRIES if name in functions]
-    for name in names:  # grows on the way
-        running.append(functions[name])
-        called = _names_in(functions[name].__code__) & set(functions)
-        names.extend(sorted(called - set(names)))
-    return running
-
-
-def _names_in(code: types.CodeType) -> set[str]:
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= _names_in(constant)
-    return names
-
-
-def _short(key: Any) -> str:
-    return repr(key) if isinstance(key, (int, str, float)) else type(key).__name__
