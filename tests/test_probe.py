@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
-from gmar_lightning.monitor.probe import ProbeBatch, draw_probe, unpack_batch
+from gmar_lightning.monitor.batches import unpack_batch
+from gmar_lightning.monitor.probe import ProbeBatch, draw_probe
 from tests.helpers.tiny import Images, images_of
 
 
