@@ -7,7 +7,8 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from gmar_lightning.monitor.probe import ProbeBatch, unpack_batch
+from gmar_lightning.monitor.batches import unpack_batch
+from gmar_lightning.monitor.probe import ProbeBatch
 
 
 class ConfigurationError(MisconfigurationException, ValueError):
@@ -21,6 +22,14 @@ def check_counts(**counts: Any) -> None:
             raise ConfigurationError(f"{name} must be a whole number >= 1, got {value!r}")
 
 
+def check_faithfulness_every(value: Any) -> None:
+    """Refuse what is neither "ends" nor an interval nor None."""
+    if isinstance(value, str):
+        check_choice("faithfulness_every", value, ("ends",), "or a number of probes, or None")
+    elif value is not None:
+        check_counts(faithfulness_every=value)
+
+
 def check_choice(name: str, value: Any, allowed: Sequence[str], other: str = "") -> None:
     """Refuse a name that is not among the allowed ones; `other` says what else is possible."""
     if not isinstance(value, str) or value not in allowed:
@@ -30,6 +39,8 @@ def check_choice(name: str, value: Any, allowed: Sequence[str], other: str = "")
 
 def check_target(target: Any, probe: ProbeBatch | None) -> None:
     """Refuse a target that is neither a choice nor a class index, and labels that are not there."""
+    if callable(target):
+        return
     if isinstance(target, bool) or not (isinstance(target, int) and target >= 0):
         check_choice("target", target, ("predicted", "label"), "or a class index")
     if target == "label" and probe is not None and probe.labels is None:

@@ -18,6 +18,7 @@ from gmar_lightning.arguments import (
     check_choice,
     check_counts,
     check_display,
+    check_faithfulness_every,
     check_target,
     given_probe,
 )
@@ -36,7 +37,7 @@ from gmar_lightning.monitor.record import ProbeRecord
 from gmar_lightning.monitor.say import SayOnce
 from gmar_lightning.monitor.schedule import Every
 from gmar_lightning.monitor.selftest import SelfTest
-from gmar_lightning.monitor.settings import ProbeSettings
+from gmar_lightning.monitor.settings import ProbeSettings, Target
 from gmar_lightning.show.console import alarm_text
 from gmar_lightning.show.dashboard import as_metrics
 from gmar_lightning.show.publisher import Display, Publisher
@@ -44,6 +45,7 @@ from gmar_lightning.trainer import (
     callable_model,
     class_names_of,
     default_folder,
+    ends_here,
     is_smoke_test,
     log_position,
     logged_metrics,
@@ -79,7 +81,8 @@ class GMARCallback(Callback):
         num_heatmaps: How many of them are drawn.
         probe_batch: Your own `(images, labels)`, or a mapping with `images` and optionally `labels`.
         module: Dotted path of the classifier inside the LightningModule; None calls its forward.
-        target: The explained class: "predicted", "label", or a class index.
+        target: The explained class, "predicted", "label", or a class index; or a callable `(output) -> (batch,)` on
+            what the model returns (`gmar_lightning.targets`).
         norm: "l1", "l2" or "uniform", see `gmar`.
         rollout: "gradient", "paper", "flow", "rollout" or "last_layer", see `gmar`.
         residual: Weight of the residual path, 1 when None.
@@ -87,11 +90,12 @@ class GMARCallback(Callback):
         detector: The collapse detector; None switches it off.
         on_collapse: What to do when heads collapse: "warn", "alert" (W&B alert too), "stop" (graceful), or a
             callable `(trainer, pl_module, events)`, called on every process.
-        confirm: Measure by ablation what newly flagged heads still contribute: two forwards over the probe
-            images at probes that flag, none at others.
-        faithfulness_every: At the first probe and after each so many more, measure insertion minus deletion and
-            average drop of four maps, beside a random map and plain rollout (about 31 forwards per image); None
-            never does.
+        confirm: Measure by ablation what newly flagged heads still contribute: five forwards over the probe
+            images, and four with their backwards, at probes that flag, none at others.
+        faithfulness_every: When four of the maps are tested: insertion minus deletion, average drop, beside a random
+            map and plain rollout, class sensitivity, randomisation (about 29 forwards, and two with their backwards,
+            per image). "ends" tests at the first and the last probe, a number at the first and after each so many
+            more, None never.
         on_error: "warn" lets training go on after a failed probe, "raise" does not.
         mean: Channel means for display; found from the datamodule, the module or timm when possible.
         std: Channel standard deviations, likewise.
@@ -113,7 +117,7 @@ class GMARCallback(Callback):
         num_heatmaps: int = 8,
         probe_batch: Any = None,
         module: str | None = None,
-        target: Literal["predicted", "label"] | int = "predicted",
+        target: Target = "predicted",
         norm: Norm = "l1",
         rollout: Rollout = "gradient",
         residual: float | None = None,
@@ -121,7 +125,7 @@ class GMARCallback(Callback):
         detector: CollapseDetector | Literal["default"] | None = "default",
         on_collapse: Literal["warn", "alert", "stop"] | Callable[..., None] = "alert",
         confirm: bool = True,
-        faithfulness_every: int | None = None,
+        faithfulness_every: int | Literal["ends"] | None = "ends",
         on_error: Literal["warn", "raise"] = "warn",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -141,20 +145,19 @@ class GMARCallback(Callback):
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
         check_counts(num_images=num_images, num_heatmaps=num_heatmaps, max_events=max_events)
-        if faithfulness_every is not None:
-            check_counts(faithfulness_every=faithfulness_every)
+        check_faithfulness_every(faithfulness_every)
         check_choice("on_error", on_error, ("warn", "raise"))
         if not callable(on_collapse):
             check_choice("on_collapse", on_collapse, ("warn", "alert", "stop"), "or a callable")
         check_target(target, self._given)
         self.num_images, self.num_heatmaps, self.max_events = num_images, num_heatmaps, max_events
         self.module, self.micro_batch_size = module, micro_batch_size
-        self.target: Literal["predicted", "label"] | int = target
+        self.target: Target = target
         self.norm: Norm = norm
         self.rollout: Rollout = rollout
         self.residual = residual
         self.on_collapse, self.confirm = on_collapse, confirm
-        self.faithfulness_every = faithfulness_every
+        self.faithfulness_every: int | Literal["ends"] | None = faithfulness_every
         self.on_error: Literal["warn", "raise"] = on_error
         self.mean, self.std = check_display("mean", mean), check_display("std", std)
         self.class_names, self.log_per_head, self.save_dir = class_names, log_per_head, save_dir
@@ -168,6 +171,7 @@ class GMARCallback(Callback):
             micro_batch_size=micro_batch_size,
             confirm=confirm,
             faithfulness_every=faithfulness_every,
+            drawn=num_heatmaps,
         )
         self.verify = verify
         self._restored: dict[str, Any] | None = None
@@ -204,7 +208,7 @@ class GMARCallback(Callback):
             interval=self._schedule.interval,
             num_images=self.num_images,
             module=self.module,
-            target=self.target,
+            target=str(self.target) if callable(self.target) else self.target,
             norm=self.norm,
             rollout=self.rollout,
             save_dir=None if self.save_dir is None else str(self.save_dir),
@@ -246,7 +250,7 @@ class GMARCallback(Callback):
             pl_module,
             self._given,
             num_images=self.num_images,
-            target=self.target,
+            target="predicted" if callable(self.target) else self.target,
             say=self._say,
         )
         self._open_record(trainer, pl_module, probe, resumed=restored is not None)
@@ -277,7 +281,7 @@ class GMARCallback(Callback):
         position = log_position(trainer, ended=True)
         if self._last_probe is not None and self._last_probe[0] != trainer.global_step:
             position = max(position, self._last_probe[1] + 1)
-        self._run_probe(trainer, pl_module, position)
+        self._run_probe(trainer, pl_module, position, ended=True)
         self._close(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -378,17 +382,24 @@ class GMARCallback(Callback):
         return {
             "every": f"{self._schedule.interval} {self._schedule.unit}s",
             **{name: getattr(self, name) for name in names},
+            "target": str(self.target) if callable(self.target) else self.target,
             "residual": 1.0 if self.residual is None else self.residual,
         }
 
     def _run_probe(
-        self, trainer: Trainer, pl_module: LightningModule, step: int, first: bool = False
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        step: int,
+        first: bool = False,
+        ended: bool = False,
     ) -> None:
         now = (trainer.global_step, step)
         if not self._needed(trainer, now, first):
             return
         started, self._last_probe = time.monotonic(), now
-        moment = Moment(step, now[0], trainer.current_epoch, logged_metrics(trainer))
+        last = ended or ends_here(trainer)
+        moment = Moment(step, now[0], trainer.current_epoch, logged_metrics(trainer), last)
         with silenced(trainer, pl_module):
             record = self._selftest.take(
                 lambda model: self._prober.take(model, moment, first),

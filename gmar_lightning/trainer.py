@@ -170,6 +170,14 @@ def is_smoke_test(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
+def ends_here(trainer: Trainer) -> bool:
+    """Whether the run is expected to end with the batch that was just trained on, as far as that can be known."""
+    if trainer.should_stop or (trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps):
+        return True
+    epochs = trainer.max_epochs
+    return epochs is not None and 0 <= epochs <= trainer.current_epoch + 1 and trainer.is_last_batch
+
+
 def log_position(trainer: Trainer, ended: bool = False) -> int:
     """The x of Lightning's own training rows: the 0-based index of the last batch that stepped."""
     stepped = trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from gmar_lightning.explain.ablation import ablate_heads
+from gmar_lightning.explain.ablation import ablate_heads, gate_effects, head_outputs
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +121,74 @@ def test_model_is_left_alone(model, images):
 def test_heads_that_do_not_exist(model, images, heads, message):
     with pytest.raises(ValueError, match=message):
         ablate_heads(model, images, heads=heads)
+
+
+def replaced_by_mean(model, images, heads):
+    """Logits with the output of heads set to its mean over the images, by a hook of this test's own."""
+    kept, handles = {}, []
+    for layer, head in heads:
+        attention = model.blocks[layer].attn
+        part = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+
+        def keep(_, args, at=(layer, head), part=part):
+            kept[at] = args[0][..., part].mean(0)
+
+        handles.append(attention.proj.register_forward_pre_hook(keep))
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    handles = []
+    for layer, head in heads:
+        attention = model.blocks[layer].attn
+        part = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+
+        def put(_, args, at=(layer, head), part=part):
+            x = args[0].clone()
+            x[..., part] = kept[at]
+            return (x,)
+
+        handles.append(attention.proj.register_forward_pre_hook(put))
+    with torch.no_grad():
+        logits = model(images)
+    for handle in handles:
+        handle.remove()
+    return logits
+
+
+@pytest.mark.parametrize("heads", [[(1, 2)], [(0, 0), (2, 1)]])
+def test_mean_ablation_equals_the_mean_put_in_by_hooks(model, images, heads):
+    targets = torch.tensor([0, 1, 2, 4])
+    found = ablate_heads(model, images, targets, heads=heads, method="mean")
+    with torch.no_grad():
+        expected = (replaced_by_mean(model, images, heads) - model(images))[range(4), targets]
+    torch.testing.assert_close(found.logit_change, expected, atol=1e-5, rtol=1e-4)
+    zeroed = ablate_heads(model, images, targets, heads=heads).logit_change
+    assert (found.logit_change - zeroed).abs().max() > 1e-3
+
+
+def test_means_of_other_images_are_taken_as_given(model, images):
+    everyone = {at: x.mean(0) for at, x in head_outputs(model, images, heads=[(1, 2)]).items()}
+    whole = ablate_heads(model, images, heads=[(1, 2)], method="mean")
+    parts = [
+        ablate_heads(model, part, heads=[(1, 2)], method="mean", means=everyone) for part in images.split(2)
+    ]
+    torch.testing.assert_close(
+        torch.cat([p.logit_change for p in parts]), whole.logit_change, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_unknown_method_is_refused(model, images):
+    with pytest.raises(ValueError, match="method"):
+        ablate_heads(model, images, heads=[(0, 0)], method="shuffle")
+
+
+def test_gates_sum_to_what_zeroing_all_of_them_does(model, images):
+    """Completeness of integrated gradients, and of the straight line from all to none that they walk."""
+    targets, heads = torch.tensor([0, 1, 2, 4]), [(0, 1), (2, 0)]
+    parts = gate_effects(model, images, targets, heads=heads, steps=64)
+    together = ablate_heads(model, images, targets, heads=heads).logit_change
+    torch.testing.assert_close(parts.sum(1), together, atol=2e-3, rtol=1e-2)
+    coarse = gate_effects(model, images, targets, heads=heads)
+    assert (coarse.sum(1) - together).abs().max() < 0.3 * together.abs().max()
+    assert not any(parameter.grad is not None for parameter in model.parameters())

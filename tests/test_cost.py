@@ -1,6 +1,7 @@
 """Bounds on what an explanation costs, and the census on a few names."""
 
 import pytest
+import timm
 import torch
 
 from gmar_lightning import gmar
@@ -18,8 +19,23 @@ def test_operations_on_vit_base():
 
 def test_cost_does_not_depend_on_the_batch():
     model = seeded(ViT)
+    for batch in (1, 4):
+        gmar(model, pictures(batch))
     one = operations(lambda: gmar(model, pictures(1)))
     assert operations(lambda: gmar(model, pictures(4))) == pytest.approx(4 * one, rel=1e-6)
+
+
+def test_a_model_is_looked_at_once():
+    """Five forward passes over two images, on the first call; 2 % of a run of eight probes of 32 images."""
+    model = timm.create_model("vit_base_patch16_224", num_classes=5).eval()
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        forward = operations(lambda: model(images[:1]))
+    first, second = (operations(lambda: gmar(model, images)) for _ in range(2))
+    assert 0 < (first - second) / forward <= 10.5
+    assert operations(lambda: gmar(model, images)) == second
+    probe = 32 * second / 2
+    assert (first - second) / (8 * probe) <= 0.02
 
 
 @pytest.mark.slow

@@ -102,7 +102,7 @@ class Stateful(ViT):
         self.bytes, self.compact = bytearray(b"ab"), array.array("i", [1, 2])
         self.own_numpy, self.own_python = np.random.default_rng(1), random.Random(1)
         self.own_torch, self.legacy = torch.Generator().manual_seed(1), np.random.RandomState(1)
-        self.ticks, self.cycle = itertools.count(), iter([1, 2, 3])
+        self.ticks, self.cycle = itertools.count(), iter(list(range(5000)))
         self.view = self.head.bias.detach().numpy()
         self.teacher = nn.Linear(2, 2)
         self.loop: list[Any] = []

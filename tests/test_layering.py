@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gmar_lightning"
 # A room may import from itself and from what stands below it.
-BELOW = {"version": -1, "explain": 0, "metrics": 1, "monitor": 1, "show": 2}
+BELOW = {"version": -1, "targets": -1, "explain": 0, "metrics": 1, "monitor": 1, "show": 2}
 TOP = 3  # the callback and the files beside it
 
 

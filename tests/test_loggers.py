@@ -157,6 +157,36 @@ def test_pictures_are_files_that_show_something(wandb_run):
     assert sum(run.rows("gmar/importance")[-1]["gmar/importance"]["values"]) == 8  # every head once
 
 
+def test_a_newly_flagged_head_has_one_picture_at_the_step_of_its_alert(wandb_run):
+    run, folder, history = wandb_run
+    (row,) = run.rows("gmar_flagged/L01_H01")
+    (collapse,) = [event for event in history.events if event["kind"] == "collapsed"]
+    assert row["trainer/global_step"] == collapse["step"]
+    picture = np.asarray(Image.open(folder / "files" / row["gmar_flagged/L01_H01"]["path"])).astype(int)
+    assert picture.shape[1] > 3 * 160  # three photographs
+    # before, now, sibling: the dead head's photographs are grey, the others are not
+    colourful = np.ptp(picture, axis=2)
+    rows = np.array_split(colourful, 3)
+    assert rows[1].mean() < rows[0].mean() / 2
+    assert rows[1].mean() < rows[2].mean() / 2
+
+
+def test_contribution_stands_beside_importance(wandb_run):
+    run, folder, _ = wandb_run
+    rows = run.rows("gmar/head_contribution")
+    assert len(rows) == len(run.rows("gmar/head_importance"))
+    for key in ("gmar/head_contribution", "gmar/head_contribution_evolution"):
+        assert np.asarray(Image.open(folder / "files" / rows[-1][key]["path"])).std() > 10
+
+
+def test_the_maps_are_tested_at_both_ends(wandb_run):
+    run, _, history = wandb_run
+    for key in ("gmar/faithfulness_insertion_minus_deletion", "gmar/class_sensitivity", "gmar/randomisation"):
+        steps = [row["trainer/global_step"] for row in run.rows(key)]
+        assert steps == [history.steps[0], history.steps[-1]], key
+        assert all(-1 <= row[key] <= 1 for row in run.rows(key))
+
+
 def test_every_key_is_defined_by_its_exact_name(wandb_run):
     run, _, _ = wandb_run
     ours = {key for row in run.history for key in row if key.startswith("gmar") and "report" not in key}

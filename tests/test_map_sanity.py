@@ -44,7 +44,7 @@ def test_class_sensitivity_compares_with_the_runner_up():
     assert runner_up(result.logits, result.targets).tolist() == ranked[:, 1].tolist()
     # whichever class is explained, the runner-up is the best of the others
     assert runner_up(result.logits, ranked[:, 3]).tolist() == ranked[:, 0].tolist()
-    found = class_sensitivity(model, images, result, gradient)
+    found = class_sensitivity(model, images, result.heatmaps, result.targets, result.logits, gradient)
     by_hand = [
         scipy.stats.spearmanr(
             result.heatmaps[k].ravel(),
@@ -59,13 +59,18 @@ def test_class_sensitivity_compares_with_the_runner_up():
 def test_plain_rollout_is_class_blind():
     model, images = seeded(ViT), pictures(3)
     plain = functools.partial(gmar, norm="uniform", rollout="flow")
-    np.testing.assert_allclose(class_sensitivity(model, images, plain(model, images), plain), 1.0)
+    result = plain(model, images)
+    found = class_sensitivity(model, images, result.heatmaps, result.targets, result.logits, plain)
+    np.testing.assert_allclose(found, 1.0)
+    one_class = result.logits[:, :1]
+    with pytest.raises(SkippedCheckError, match="no second class"):
+        class_sensitivity(model, images, result.heatmaps, torch.zeros(3, dtype=torch.long), one_class, plain)
 
 
 def test_randomisation_shuffles_the_top_block_alone():
     model, images = seeded(ViT), pictures(3)
     result = gradient(model, images)
-    found = randomisation(model, images, result, gradient)
+    found = randomisation(model, images, result.heatmaps, result.targets, gradient, layer=result.layers[-1])
     twin = copy.deepcopy(model)
     block = twin.get_submodule(result.layers[-1].rpartition(".")[0])
     generator = torch.Generator().manual_seed(0)

@@ -26,8 +26,8 @@ from tests.helpers.tiny import Classifier, Images, Rows, fit, images_of, loaders
 
 def steps(folder: Path) -> list[tuple[int, int]]:
     record = History.load(folder / "gmar").records
-    assert not [line["error"] for line in record if line["error"]]
-    return [(line["global_step"], line["step"]) for line in record]
+    assert not [line.failure for line in record if line.failure]
+    return [(line.global_step, line.step) for line in record]
 
 
 def test_fit_probes_before_at_the_interval_and_at_the_end(tmp_path: Path) -> None:

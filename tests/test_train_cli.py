@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from gmar_lightning.monitor.history import History
+from gmar_lightning.show.verdict import judge
 from gmar_lightning.training.cli import TrainCLI, main
 from gmar_lightning.training.data import ImageData
 from gmar_lightning.training.model import Classifier
@@ -171,3 +173,8 @@ def test_shortcut_shows_in_the_heatmaps_alone(tmp_path):
     sick, healthy = (last[name]["metrics"] for name in ("sick", "healthy"))
     assert sick["val/evidence_gmar"] > 3 * healthy["val/evidence_gmar"]
     assert sick["val/evidence_gmar"] > 10 * healthy["val/evidence_gmar"]
+    assert sick["val/evidence_gmar"] > 0.6
+    verdicts = {name: judge(History.load(tmp_path / "runs" / name / "version_0" / "gmar")) for name in last}
+    assert verdicts["sick"].headline == "shortcut-like evidence"
+    assert "row 1, column 1" in next(f.text for f in verdicts["sick"].findings if f.kind == "shortcut")
+    assert not verdicts["healthy"].has("shortcut")

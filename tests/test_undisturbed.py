@@ -361,7 +361,7 @@ def test_training_is_the_same_with_and_without(name: str, tmp_path: Path) -> Non
     without, _, _ = run_and_digest(tmp_path / "b", row.module, row.data, row.callbacks, **settings)
     assert with_it == without
     record = History.load(tmp_path / "gmar").records
-    failed = [line for line in record if line["error"]]
+    failed = [line for line in record if line.failure]
     assert len(record) - len(failed) >= row.probes, record
     assert len(failed) == row.failed
     assert rows.of_gmar()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,6 +19,10 @@ from gmar_lightning.explain.intercept import (
     softmax_map,
 )
 from gmar_lightning.explain.trace import ModuleTrace
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +44,15 @@ class AttentionCall:
         twin: Whether another call beside this one was made in the same invocation of a module, or on the
             same values.
         detached: Whether this call continues another chain than the calls before it.
+        index: Number of the call in its pass, those that the images do not reach counted as well.
         edge: Where the output entered the graph; None when it was computed without one.
+        weights: The map itself, detached, for attention written by hand; queries and keys then stand for their
+            sizes alone.
+        values: The values, attached to the graph.
+        entering: What the module that made the call was given.
+        arrange: Brings a gradient at `edge` to the shape of `output`.
+        heads_first: Whether heads were merged into the batch in front of the images, `(heads * batch, ...)`.
+        mixers_before: How many places outside the attention had mixed tokens when the call was made.
     """
 
     name: str
@@ -56,7 +68,14 @@ class AttentionCall:
     shared_qkv: bool = False
     twin: bool = False
     detached: bool = False
+    index: int = 0
     edge: GradientEdge | None = None
+    weights: Tensor | None = None
+    values: Tensor | None = None
+    entering: tuple[Tensor, ...] = ()
+    arrange: Callable[[Tensor], Tensor] = _as_it_is
+    heads_first: bool = False
+    mixers_before: int = 0
 
     @property
     def is_pool(self) -> bool:
@@ -69,15 +88,43 @@ class AttentionCall:
 
     def attention(self, rows: slice = slice(None)) -> Tensor:
         """The softmaxed attention map of some query rows, `(batch, heads, rows, keys)`."""
+        if self.weights is not None:
+            # A copy: callers work on the map in place.
+            return at_least_float32(self.weights[:, :, rows]).clone()
         return softmax_map(self.q, self.k, self.mask, self.scale, self.causal, rows)
 
 
 @dataclass
 class Recording:
-    """What one forward pass showed: its attention calls and the trace of its modules."""
+    """What one forward pass showed: its attention calls and the trace of its modules.
+
+    Attributes:
+        calls: The calls, in forward order.
+        aside: Calls that the explained images do not reach by gradient, in order: a text tower beside an image
+            tower, a teacher under `no_grad`.
+        trace: What the modules did.
+        batch: Images in the pass, set before it; None leaves the calls in the shape they were made in.
+        image: The node at the head of the images' graph, set before the pass; None takes every call as reached.
+        entered: Queries, keys and values of the first call, attached.
+    """
 
     calls: list[AttentionCall] = field(default_factory=list)
+    aside: list[AttentionCall] = field(default_factory=list)
     trace: ModuleTrace = field(default_factory=ModuleTrace)
+    batch: int | None = None
+    image: Any = None
+    entered: tuple[Tensor, ...] = ()
+
+    @property
+    def folded(self) -> bool:
+        """Whether some call attends within windows, several to an image."""
+        return any(len(call.q) != self.batch for call in self.calls)
+
+    def reached(self, tensors: tuple[Tensor, ...]) -> bool:
+        """Whether the images reach any of some tensors by gradient."""
+        if self.image is None or any(_feeds(call, tensors) for call in self.calls[-2:]):
+            return True
+        return reaches([t.grad_fn for t in tensors if t.grad_fn is not None], {self.image})
 
     def forget_unread_pool(self, logits: Tensor) -> None:
         """Drop a final attention pool that ran, but whose result the logits do not use."""
@@ -120,40 +167,58 @@ def recording(model: nn.Module) -> Iterator[Recording]:
     invocations: list[int] = []
 
     def record(given: CallArguments) -> Tensor:
-        depth, detached = _place(found.calls, (given.q, given.k, given.v))
-        beside = [index for index, other in enumerate(found.calls) if other.depth == depth and not detached]
+        index = len(found.calls) + len(found.aside)
+        if not found.reached(given.reads):
+            output = given.compute()
+            found.aside.append(_recorded(given, output, found.trace, index=index))
+            found.trace.saw_call()
+            return output
+        depth, detached = _place(found.calls, given.reads)
+        beside = [place for place, other in enumerate(found.calls) if other.depth == depth and not detached]
         twin = any(
-            invocations[index] == given.invocation or _same_values(found.calls[index].v, given.v)
-            for index in beside
+            invocations[place] == given.invocation or _same_values(found.calls[place].v, given.v)
+            for place in beside
         )
         output = given.compute()
         if torch.is_grad_enabled() and not output.requires_grad:
             output.requires_grad_()
         invocations.append(given.invocation)
+        if not found.calls:
+            found.entered = (given.q, given.k, given.v) if given.written is None else (given.v,)
         found.calls.append(
-            AttentionCall(
-                name=given.name,
-                q=given.q.detach(),
-                k=given.k.detach(),
-                v=given.v.detach(),
-                mask=None if given.mask is None else given.mask.detach(),
-                scale=given.scale,
-                output=output,
-                causal=given.causal,
-                depth=depth,
-                owner=given.owner,
-                shared_qkv=given.q is given.k and given.k is given.v,
-                twin=twin,
-                detached=detached,
-                edge=get_gradient_edge(output) if output.requires_grad else None,
-            )
+            _recorded(given, output, found.trace, index=index, depth=depth, twin=twin, detached=detached)
         )
+        found.trace.saw_call()
         if output.ndim == 4:
             found.trace.saw_attention(len(output), output.shape[-2], given.k.shape[-2])
+        elif found.batch and output.ndim in (3, 5) and len(output) % found.batch == 0:
+            # Merged or grouped heads: the tokens around the call have one row per image.
+            found.trace.saw_attention(found.batch, output.shape[-2], given.k.shape[-2])
         return output
 
     with intercept_attention(model, record, found.trace):
         yield found
+
+
+def _recorded(given: CallArguments, output: Tensor, trace: ModuleTrace, **place: Any) -> AttentionCall:
+    return AttentionCall(
+        name=given.name,
+        q=given.q.detach(),
+        k=given.k.detach(),
+        v=given.v.detach(),
+        mask=None if given.mask is None else given.mask.detach(),
+        scale=given.scale,
+        output=output,
+        causal=given.causal,
+        owner=given.owner,
+        shared_qkv=given.q is given.k and given.k is given.v,
+        edge=get_gradient_edge(output) if output.requires_grad else None,
+        weights=None if given.written is None else given.written.weights.detach(),
+        values=given.v,
+        entering=trace.entering(),
+        mixers_before=len(trace.mixers),
+        **place,
+    )
 
 
 def _place(calls: Sequence[AttentionCall], tensors: tuple[Tensor, ...]) -> tuple[int, bool]:

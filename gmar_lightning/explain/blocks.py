@@ -47,6 +47,13 @@ class Block:
             mask = mask.expand(batch, heads, queries, call.k.shape[-2])[self.images, self.heads]
         return masked_scores(call.q[self.images, self.heads], key, mask, call.scale, call.causal, self.rows)
 
+    def attention(self, call: AttentionCall, scores: Tensor | None) -> Tensor:
+        """The map, `(images, heads, rows, keys)`, from its scores, or as the model computed it by hand."""
+        if call.weights is not None:
+            # A copy: what reads the map works on it in place.
+            return at_least_float32(call.weights[self.images, self.heads, self.rows]).clone()
+        return (self.scores(call) if scores is None else scores).softmax(-1)
+
 
 def blocks(call: AttentionCall) -> Iterator[Block]:
     """Cut a layer into blocks of bounded size: several images, or heads of one image, or rows of one head."""

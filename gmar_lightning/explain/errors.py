@@ -3,3 +3,7 @@
 
 class UnsupportedModelError(RuntimeError):
     """The model's picture cannot be derived; the message names what was seen and what can be done."""
+
+
+class NoPictureError(UnsupportedModelError):
+    """The rollout over all layers is not defined; importance and all else per head is."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gmar_lightning.explain.importance import Norm
 from gmar_lightning.explain.inputs import (
+    Goal,
     batch_size,
     checked_targets,
     classifier_of,
@@ -20,9 +21,9 @@ from gmar_lightning.explain.inputs import (
 )
 from gmar_lightning.explain.isolation import undisturbed
 from gmar_lightning.explain.lifted import with_gradients_lifted
-from gmar_lightning.explain.measure import measure
+from gmar_lightning.explain.measure import Measured, measure
 from gmar_lightning.explain.rollout import Rollout, forms_of, to_grid
-from gmar_lightning.explain.sweep import Form, HeadMaps, Sweep
+from gmar_lightning.explain.sweep import Form, HeadMaps
 from gmar_lightning.explain.tokens import TokenLayout
 
 
@@ -38,17 +39,20 @@ class GMARResult:
         importance: `(batch, layers, heads)`, norm of the gradient of the logit with respect to each attention
             map: how sensitive the answer is to the map. NaN where a layer has fewer heads than the widest one.
         head_weights: `(batch, layers, heads)`, importance as a share of its layer.
-        logits: `(batch, classes)`, of the explained forward pass.
-        targets: `(batch,)`, the classes explained.
-        layers: Module path of each attention layer, in forward order; a final attention pool is one of them.
+        logits: `(batch, classes)`, of the explained forward pass; None when a callable says what is explained.
+        targets: `(batch,)`, the classes explained; None likewise.
+        layers: Module path of each attention layer, in forward order; a final attention pool is one of them. Calls
+            of one layer that are made side by side (differential attention) are numbered, `path:0`, `path:1`.
         contribution: `(batch, layers, heads)`, `sum dO * O` of each head: what it adds to the answer to first
             order, for (positive) or against (negative) it.
-        score: `(batch,)`, the number explained: the logit of the target.
+        score: `(batch,)`, the number explained: the logit of the target, or what a callable target returned.
         maps: For each form asked for, its maps, shaped as `heatmaps`.
         head_maps: `(batch, layers, heads, grid_h, grid_w)`, what each head attends to on behalf of the readout;
             None unless asked for.
         signals: For each name of `signals.SIGNALS` (which defines them) a `(batch, layers, heads)`; empty unless
             asked for.
+        scope: What the picture covers: "whole", "last stage, 7 x 7" (a rollout over the last layers that share one
+            grid of the whole image; exact for those), or "none: " and the reason why `heatmaps` is None.
     """
 
     heatmaps: Tensor | None
@@ -62,12 +66,13 @@ class GMARResult:
     maps: Mapping[str, Tensor] = field(default_factory=dict)
     head_maps: Tensor | None = None
     signals: Mapping[str, Tensor] = field(default_factory=dict)
+    scope: str = "whole"
 
 
 def gmar(
     model: nn.Module,
     images: Tensor | Mapping[str, Any],
-    targets: Tensor | None = None,
+    targets: Goal = None,
     *,
     norm: Norm = "l1",
     rollout: Rollout | Sequence[Rollout] = "gradient",
@@ -86,10 +91,11 @@ def gmar(
 
     Args:
         model: Takes images `(batch, channels, height, width)` and returns logits `(batch, classes)`, as a
-            tensor or as an object with `.logits`.
+            tensor or as an object with `.logits`; anything else when `targets` is a callable.
         images: The batch; or a mapping of keyword arguments (`{"pixel_values": ...}`, or `input_ids` and
             `attention_mask` of a text encoder, whose relevance is then per token with padding at zero).
-        targets: `(batch,)` class indices; None explains the predicted class.
+        targets: `(batch,)` class indices; None explains the predicted class; or a callable `(output) -> (batch,)`
+            on whatever the model returns (`gmar_lightning.targets`).
         norm: How a head's gradient becomes its score: "l1", "l2", or "uniform" (heads weigh the same;
             importance is still the L1 norm).
         rollout: One form or several: "gradient" (gated by the positive gradient, the map to look at), "paper"
@@ -104,7 +110,9 @@ def gmar(
             gradient; "plain" for the attention itself.
 
     Returns:
-        The explanation. Row i of a batch equals image i alone.
+        The explanation. Row i of a batch equals image i alone. Models without one set of tokens for all layers
+        (windowed, pooled, hierarchical, cross attention) have exact numbers per head, and a picture of their last
+        stage or none, see `GMARResult.scope`.
 
     Raises:
         UnsupportedModelError: When the picture cannot be derived; says what was seen.
@@ -118,39 +126,57 @@ def gmar(
     with undisturbed(classifier):
         inputs = model_inputs(classifier, images)
         batch = batch_size(inputs)
-        goals = None if targets is None else checked_targets(targets, batch)
+        goals = checked_targets(targets, batch)
         explain = functools.partial(_explain, classifier, form=form)
         parts = micro_batches(inputs, goals, micro_batch_size or batch)
         return with_gradients_lifted(lambda: _joined([explain(*part) for part in parts]))
 
 
-def _explain(
-    classifier: nn.Module, inputs: dict[str, Any], targets: Tensor | None, *, form: Form
-) -> GMARResult:
+def _explain(classifier: nn.Module, inputs: dict[str, Any], targets: Goal, *, form: Form) -> GMARResult:
     seen = measure(classifier, inputs, targets, form)
     if seen is None:
         halves = micro_batches(inputs, targets, -(-batch_size(inputs) // 2))
         return _joined([_explain(classifier, *half, form=form) for half in halves])
-    maps = {name: _folded(row, seen.layout, seen.padding) for name, row in seen.sweep.maps().items()}
-    numbers = [seen.sweep.layers[index] for index in range(len(seen.sweep.calls))]
+    numbers, picture, score = seen.numbers, seen.picture, seen.explained.score
+    maps = {}
+    if seen.sweep is not None and picture is not None:
+        maps = {
+            name: _folded(row, picture.layout, picture.padding) for name, row in seen.sweep.maps().items()
+        }
     return GMARResult(
-        heatmaps=maps[form.rollouts[0]],
+        heatmaps=maps.get(form.rollouts[0]),
         importance=_ragged([layer.importance for layer in numbers]),
         head_weights=_ragged([layer.weights for layer in numbers]),
-        logits=seen.logits if seen.logits.dtype == torch.float64 else seen.logits.float(),
-        targets=seen.targets,
-        layers=tuple(call.name for call in seen.sweep.calls),
+        logits=_at_least_float32(seen.explained.logits),
+        targets=seen.explained.targets,
+        layers=seen.layers,
         contribution=_ragged([layer.contribution for layer in numbers]),
-        score=seen.score if seen.score.dtype == torch.float64 else seen.score.float(),
+        score=score if score.dtype == torch.float64 else score.float(),
         maps=maps,
-        head_maps=_head_maps(seen.sweep, seen.layout, seen.padding) if form.head_maps else None,
+        head_maps=_head_maps(seen) if form.head_maps else None,
         signals={name: _ragged([layer.signals[name] for layer in numbers]) for name in numbers[0].signals},
+        scope=seen.scope,
     )
 
 
-def _head_maps(sweep: Sweep, layout: TokenLayout, padding: Tensor | None) -> Tensor:
+def _at_least_float32(logits: Tensor | None) -> Tensor | None:
+    return logits if logits is None or logits.dtype == torch.float64 else logits.float()
+
+
+def _head_maps(seen: Measured) -> Tensor | None:
+    """Head maps of every layer; NaN for layers before the stage that is drawn."""
+    if seen.sweep is None or seen.picture is None:
+        return None
+    picture, sweep = seen.picture, seen.sweep
     rows = [sweep.head_maps[index] for index in range(len(sweep.calls))]
-    return _folded(_ragged(rows), layout, None if padding is None else padding[:, None, None])
+    earlier = [
+        rows[0].new_full((*layer.importance.shape, rows[0].shape[-1]), torch.nan)
+        for layer in seen.numbers[: picture.first]
+    ]
+    padding = picture.padding
+    return _folded(
+        _ragged([*earlier, *rows]), picture.layout, None if padding is None else padding[:, None, None]
+    )
 
 
 def _folded(row: Tensor, layout: TokenLayout, padding: Tensor | None) -> Tensor:

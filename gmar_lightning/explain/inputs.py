@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.lifted import lifting
+
+# Which number is explained: class indices, a callable on the model's output, or None for the predicted class.
+Goal = Tensor | Callable[[Any], Tensor] | None
 
 
 def classifier_of(model: nn.Module, module: str | None) -> nn.Module:
@@ -65,12 +68,13 @@ def logits_of(output: Any) -> Tensor:
         UnsupportedModelError: Naming what was returned instead.
     """
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if isinstance(logits, Tensor) and logits.ndim == 2:
-        return logits
+    if isinstance(logits, Tensor) and logits.ndim in (1, 2):
+        return logits if logits.ndim == 2 else logits[:, None]
     seen = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
     raise UnsupportedModelError(
         f"the forward pass returned {seen}; expected logits (batch, classes), as a tensor or in .logits. "
-        "Name the classifier inside the model with module=."
+        "Name the classifier inside the model with module=, or what to explain with a callable target "
+        "(gmar_lightning.targets)."
     )
 
 
@@ -115,29 +119,36 @@ def batch_size(inputs: Mapping[str, Any]) -> int:
     raise ValueError("no tensor among the inputs: pass images, or a mapping of the model's arguments")
 
 
-def micro_batches(
-    inputs: Mapping[str, Any], targets: Tensor | None, size: int
-) -> list[tuple[dict[str, Any], Tensor | None]]:
+def micro_batches(inputs: Mapping[str, Any], targets: Goal, size: int) -> list[tuple[dict[str, Any], Goal]]:
     """Inputs and targets cut into parts of at most `size` images."""
     batch = batch_size(inputs)
     parts = []
     for start in range(0, batch, size):
         rows = slice(start, start + size)
         part = {key: value[rows] if _is_batched(value, batch) else value for key, value in inputs.items()}
-        parts.append((part, None if targets is None else targets[rows]))
+        parts.append((part, _goal_part(targets, rows)))
     return parts
+
+
+def _goal_part(targets: Goal, rows: slice) -> Goal:
+    if isinstance(targets, Tensor):
+        return targets[rows]
+    # A target that has something for each image says what part of the batch it stands for.
+    return targets.for_images(rows) if hasattr(targets, "for_images") else targets  # pyright: ignore
 
 
 def _is_batched(value: Any, batch: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
 
 
-def checked_targets(targets: Any, batch: int) -> Tensor:
-    """Targets as `(batch,)` class indices.
+def checked_targets(targets: Any, batch: int) -> Goal:
+    """Targets as `(batch,)` class indices; a callable and None as they are.
 
     Raises:
         ValueError: For anything else.
     """
+    if targets is None or (callable(targets) and not isinstance(targets, Tensor)):
+        return cast(Goal, targets)
     goals = torch.as_tensor(targets)
     if goals.shape != (batch,) or goals.is_floating_point() or goals.dtype == torch.bool:
         raise ValueError(

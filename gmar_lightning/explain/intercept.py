@@ -15,16 +15,17 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.softmax import HandProduct
+from gmar_lightning.explain.switches import attention_through_sdpa, replaced
 from gmar_lightning.explain.trace import ModuleTrace, in_backward
 
 _FUSED = F.scaled_dot_product_attention
@@ -38,7 +39,11 @@ USES_WEIGHTS = (
 
 @dataclass(frozen=True, eq=False)
 class CallArguments:
-    """What an attention function was called with, before anything is computed."""
+    """What an attention function was called with, before anything is computed.
+
+    For attention `written` by hand, queries and keys stand for their sizes alone, `(..., queries, 1)` and
+    `(..., keys, 1)`.
+    """
 
     name: str
     owner: str
@@ -50,13 +55,77 @@ class CallArguments:
     causal: bool
     scale: float
     grouped: bool
+    written: HandProduct | None = None
+
+    @property
+    def reads(self) -> tuple[Tensor, ...]:
+        """The attached tensors that the output is computed from."""
+        if self.written is not None:
+            return self.written.weights, self.written.values
+        return self.q, self.k, self.v
 
     def compute(self, mask: Tensor | None = None) -> Tensor:
         """Run the fused kernel, with another mask if one is given (the causal flag is then part of it)."""
+        if self.written is not None:
+            if mask is not None:
+                raise UnsupportedModelError(
+                    f"{self.name} ({self.owner}) computes its attention by hand: tokens cannot be hidden from it. "
+                    "Take a pixel baseline."
+                )
+            return self.written.compute()
         causal = self.causal and mask is None
         mask = self.mask if mask is None else mask
         extra: dict[str, Any] = {"enable_gqa": True} if self.grouped else {}
         return _FUSED(self.q, self.k, self.v, attn_mask=mask, is_causal=causal, scale=self.scale, **extra)
+
+
+def with_four_axes(
+    given: CallArguments, batch: int | None, heads_first: bool = False
+) -> tuple[CallArguments, Callable[[Tensor], Tensor]]:
+    """The call as `(batch, heads, tokens, dim)`, and what gives its output the shape that was asked for.
+
+    `(batch, tokens, dim)` is one head, `(batch * heads, tokens, dim)` merged heads, `(heads * batch, tokens, dim)`
+    the same with `heads_first`, `(batch, groups, heads, tokens, dim)` grouped ones. That merged heads belong to their
+    image is settled where images are told apart.
+    """
+    shape, axes = given.q.shape, given.q.ndim
+    if (
+        batch is None
+        or axes == 4
+        or axes not in (3, 5)
+        or (shape[0] % batch if axes == 3 else shape[0] != batch)
+    ):
+        return given, lambda output: output
+
+    def apart(part: Tensor) -> Tensor:
+        if heads_first:
+            return part.unflatten(0, (-1, batch)).transpose(0, 1)
+        return part.reshape(batch, -1, *part.shape[-2:])
+
+    def together(output: Tensor) -> Tensor:
+        output = output.transpose(0, 1) if heads_first else output
+        return output.reshape(*shape[:-1], output.shape[-1])
+
+    def reshaped(part: Tensor) -> Tensor:
+        return apart(part.expand(*shape[:-2], *part.shape[-2:]))
+
+    mask = given.mask
+    if mask is not None and mask.ndim > 2:
+        mask = reshaped(mask)
+    q, k, v = (reshaped(part) for part in (given.q, given.k, given.v))
+    if given.q is given.k and given.k is given.v:
+        k = v = q
+    written = given.written
+    if written is not None:
+        written = replace(written, compute=_after(written.compute, apart))
+    return (
+        replace(given, q=q, k=k, v=v, mask=mask, written=written),
+        together,
+    )
+
+
+def _after(compute: Callable[[], Tensor], view: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+    return lambda: view(compute())
 
 
 def softmax_map(
@@ -109,8 +178,8 @@ def intercept_attention(
     interceptor = _Interceptor(handle, trace, threading.get_ident())
     with ExitStack() as stack:
         stack.enter_context(attention_through_sdpa(model))
-        stack.enter_context(_replaced(F, "scaled_dot_product_attention", interceptor))
-        stack.enter_context(_replaced(F, "multi_head_attention_forward", interceptor.multi_head))
+        stack.enter_context(replaced(F, "scaled_dot_product_attention", interceptor))
+        stack.enter_context(replaced(F, "multi_head_attention_forward", interceptor.multi_head))
         stack.enter_context(trace.following(model))
         stack.enter_context(_Watcher(interceptor, trace))
         yield
@@ -182,6 +251,28 @@ class _Interceptor:
             grouped=given["enable_gqa"],
         )
 
+    def by_hand(self, written: HandProduct) -> Tensor:
+        """A product of a map and values, handed on like a fused call."""
+        name, owner, invocation = self.trace.current()
+        if written.where in self.trace.softmaxes:
+            self.trace.softmaxes.remove(written.where)
+        sizes = written.weights.detach()
+        call = CallArguments(
+            name=name,
+            owner=owner,
+            invocation=invocation,
+            q=sizes[..., :1],
+            k=sizes[..., :1, :].mT,
+            v=written.values,
+            mask=None,
+            causal=False,
+            scale=1.0,
+            grouped=False,
+            written=written,
+        )
+        with self._unwatched():
+            return written.restored(self.handle(call))
+
     def multi_head(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """`multi_head_attention_forward`, led through the fused path also when weights are asked for."""
         bound = _MULTI_HEAD_SIGNATURE.bind(*args, **kwargs)
@@ -225,87 +316,11 @@ class _Watcher(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is _FUSED and not self.interceptor.inside:
             return self.interceptor(*args, **kwargs)
+        if not self.interceptor.inside and not in_backward():
+            written = self.trace.hand.product(func, args, kwargs)
+            if written is not None:
+                return self.interceptor.by_hand(written)
         result = func(*args, **kwargs)
         if not self.interceptor.inside:
             self.trace.saw_function(func, (*args, *kwargs.values()), result, func in _SOFTMAX)
         return result
-
-
-@contextmanager
-def attention_through_sdpa(model: nn.Module) -> Iterator[None]:
-    """Make every switchable attention of `model` call `scaled_dot_product_attention` inside the block.
-
-    timm modules built with `fused_attn=False`, Hugging Face models with any attention implementation, the
-    C++ fast path of `nn.MultiheadAttention`, and reentrant checkpointing (whose forward runs without a
-    graph). Each switch is put back on every exit path.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(_fused_timm(model))
-        stack.enter_context(_sdpa_in_configs(model))
-        stack.enter_context(_python_multi_head())
-        stack.enter_context(_replaced(torch.utils.checkpoint, "CheckpointFunction", _PlainCheckpoint))
-        yield
-
-
-@contextmanager
-def _fused_timm(model: nn.Module) -> Iterator[None]:
-    unfused: list[Any] = [m for m in model.modules() if getattr(m, "fused_attn", None) is False]
-    try:
-        for module in unfused:
-            module.fused_attn = True
-        yield
-    finally:
-        for module in unfused:
-            module.fused_attn = False
-
-
-@contextmanager
-def _sdpa_in_configs(model: nn.Module) -> Iterator[None]:
-    key = "_attn_implementation_internal"
-    configs = _configs([getattr(module, "config", None) for module in model.modules()], key)
-    before = [(config, vars(config)[key]) for config in configs]
-    try:
-        for config, _ in before:
-            vars(config)[key] = "sdpa"
-        yield
-    finally:
-        for config, implementation in before:
-            vars(config)[key] = implementation
-
-
-def _configs(candidates: list[Any], key: str) -> list[Any]:
-    found: dict[int, Any] = {}
-    while candidates:
-        config = candidates.pop()
-        if hasattr(config, "__dict__") and key in vars(config) and id(config) not in found:
-            found[id(config)] = config
-            candidates.extend(vars(config).values())
-    return list(found.values())
-
-
-@contextmanager
-def _python_multi_head() -> Iterator[None]:
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
-class _PlainCheckpoint:
-    """Takes the place of the reentrant checkpoint function: runs the segment with its graph."""
-
-    @staticmethod
-    def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
-        return function(*args)

@@ -19,8 +19,8 @@ from gmar_lightning.explain.reach import Snapshot
 
 # Which weights the forward of a model was seen to write, by path; a model that is not here was not watched yet.
 _WRITTEN: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
-# Whether a snapshot of more than the model is already held: weights need no second copy then.
-_watched: ContextVar[bool] = ContextVar("watched", default=False)
+# The trace of the block around this one, which holds more than the model: weights need no second copy then.
+_around: ContextVar[Trace | None] = ContextVar("around", default=None)
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         module: The module about to be run; its parameters and their `.grad` are never written.
     """
     written = _WRITTEN.get(module)
-    every = written is None and not _watched.get()
+    every = written is None and _around.get() is None
     with ExitStack() as stack:
         stack.enter_context(isolated_random_state())
         stack.enter_context(torch.inference_mode(False))
@@ -52,7 +52,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         )
         stack.enter_context(_evaluation_mode(module))
         yield
-    if not _watched.get():
+    if _around.get() is None:
         _WRITTEN.setdefault(module, set()).update(trace.changed)
         if trace.left:
             warnings.warn(
@@ -100,13 +100,17 @@ def kept(
         roots, keep=(lambda where: True) if weights is None else weights.__contains__, skip=skip
     )
     trace = Trace(truncated=snapshot.truncated)
-    token = _watched.set(True)
+    token = _around.set(trace)
     try:
         snapshot.guard()
         yield trace
     finally:
-        _watched.reset(token)
-        trace.changed, trace.left = snapshot.restore()
+        _around.reset(token)
+        changed, trace.left = snapshot.restore()
+        trace.changed = list(dict.fromkeys([*trace.changed, *changed]))
+        if (around := _around.get()) is not None:
+            # The block around this one does not see any more what was put back here.
+            around.changed += [path for path in trace.changed if path not in trace.left]
 
 
 def _listed(paths: list[str]) -> str:

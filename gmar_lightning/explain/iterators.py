@@ -20,8 +20,8 @@ class Guard:
 
     def __next__(self) -> Any:
         raise UnsupportedModelError(
-            f"the forward pass draws from {self.where}, a live iterator that can be neither rewound nor copied: "
-            "what a probe takes from it, training would miss."
+            f"a probe would draw from {self.where}, a live iterator that can be neither rewound nor copied, "
+            "and what it takes training would miss."
         )
 
     send = throw = __next__

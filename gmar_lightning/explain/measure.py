@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gmar_lightning.explain.attention import AttentionCall, recording
-from gmar_lightning.explain.inputs import forward, image_key, logits_of, padding_of
+from gmar_lightning.explain.attention import AttentionCall, Recording, recording
+from gmar_lightning.explain.errors import NoPictureError, UnsupportedModelError
+from gmar_lightning.explain.explained import Explained, check_images_apart, explained
+from gmar_lightning.explain.folding import check_over_tokens, fold_numbers, folded, is_plain
+from gmar_lightning.explain.inputs import Goal, batch_size, forward, image_key, padding_of
+from gmar_lightning.explain.mixing import check_apart
 from gmar_lightning.explain.readout import check_rows_apart, readout
-from gmar_lightning.explain.refusals import check_plain_attention, check_reached
-from gmar_lightning.explain.sweep import Form, Sweep
+from gmar_lightning.explain.refusals import check_plain_attention, check_reached, check_visible
+from gmar_lightning.explain.stages import last_stage, stage_layout
+from gmar_lightning.explain.sweep import Form, LayerNumbers, Sweep, visit
 from gmar_lightning.explain.tokens import TokenLayout, token_layout
+
+_NO_LAYOUT = TokenLayout(0, None)
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """Which layers a rollout runs over, and how it becomes a picture.
+
+    Attributes:
+        first: Index of the first layer of the rollout; all that follow belong to it.
+        start: The readout row, `(batch, tokens)`.
+        layout: Where the patches are.
+        padding: `(batch, tokens)`, 0 at padding; None without any.
+    """
+
+    first: int
+    start: Tensor
+    layout: TokenLayout
+    padding: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,61 +46,153 @@ class Measured:
     """What one forward and one backward showed of a batch.
 
     Attributes:
-        sweep: The numbers of every layer, and the rows that go through them.
-        layout: Where the patches are.
-        padding: `(batch, tokens)`, 0 at padding; None without any.
-        logits: `(batch, classes)`.
-        targets: `(batch,)`.
-        score: `(batch,)`, the number explained.
+        layers: Path of each attention layer.
+        numbers: The numbers of every layer.
+        sweep: The rows of the rollout; None without a picture.
+        picture: How they become a picture; None without one.
+        explained: The number explained, and the logits if there are any.
+        scope: "whole", "last stage, 7 x 7", or "none: " and the reason.
     """
 
-    sweep: Sweep
-    layout: TokenLayout
-    padding: Tensor | None
-    logits: Tensor
-    targets: Tensor
-    score: Tensor
+    layers: tuple[str, ...]
+    numbers: list[LayerNumbers]
+    sweep: Sweep | None
+    picture: Picture | None
+    explained: Explained
+    scope: str
 
 
-def measure(
-    classifier: nn.Module, inputs: dict[str, Any], targets: Tensor | None, form: Form
-) -> Measured | None:
+def measure(classifier: nn.Module, inputs: dict[str, Any], goal: Goal, form: Form) -> Measured | None:
     """Forward and backward; None when the batch is as long as the token axis and the two look alike."""
     with recording(classifier) as found:
-        logits, image = _forward(classifier, inputs)
-        batch = len(logits)
-        found.forget_unread_pool(logits)
-        check_plain_attention(found, batch)
-        tokens = found.calls[0].k.shape[-2]
-        if batch == tokens > 1:
+        batch = found.batch = batch_size(inputs)
+        output, image = _forward(classifier, inputs, found)
+        seen = explained(output, goal, batch)
+        found.forget_unread_pool(seen.score)
+        check_visible(found)
+        if not all(is_plain(call, batch) for call in found.calls):
+            found.calls = folded(found.calls, batch, image)
+            found.entered = tuple(x for x in (found.calls[0].values,) if x is not None)
+        if seen.targets is None:
+            check_images_apart(seen.score, found.calls[-1], batch, goal)
+        if batch == found.calls[0].k.shape[-2] > 1 and not found.folded:
             return None
-        padding = padding_of(inputs, tokens)
-        layout = token_layout(found, classifier, image)
-        goals = logits.argmax(-1) if targets is None else targets.to(logits.device)
-        if goals.max() >= logits.shape[1]:
-            raise ValueError(
-                f"targets name class {int(goals.max())}, but the model has {logits.shape[1]} classes"
-            )
-        scores = logits.gather(1, goals[:, None])[:, 0]
-        start = readout(found, scores.sum(), image)
+        picture, scope = _picture(classifier, inputs, found, seen, image)
         edges: Any = [call.edge for call in found.calls]
-        grads = check_reached(found.calls, torch.autograd.grad(scores.sum(), edges, allow_unused=True))
-    if not found.calls[-1].is_pool:
-        check_rows_apart(*_last_depth(found.calls, grads), start)
-    sweep = Sweep(found.calls, start, form, layout, padding)
-    for index in reversed(range(len(grads))):
-        sweep.take(index, grads.pop())
-    return Measured(sweep, layout, padding, logits.detach(), goals, scores.detach())
+        grads = _grads(found, seen.score, edges, scope)
+        if picture is not None and not found.calls[-1].is_pool:
+            try:
+                check_rows_apart(*_last_depth(found.calls, grads), picture.start)
+            except UnsupportedModelError as error:
+                if scope == "whole":
+                    raise
+                picture, scope = None, f"none: {error}"
+    if picture is not None and scope == "whole":
+        check_apart(classifier, inputs, found, picture.start, picture.padding, goal)
+    return _numbers(found, grads, picture, seen, form, scope, batch)
 
 
-def _forward(classifier: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Logits, and the images at the head of their graph."""
+def _picture(
+    classifier: nn.Module, inputs: Mapping[str, Any], found: Recording, seen: Explained, image: Tensor | None
+) -> tuple[Picture | None, str]:
+    """Where a rollout starts, runs and ends; without one, why."""
+    batch, total = len(seen.score), seen.score.sum()
+    try:
+        check_plain_attention(found, batch)
+    except NoPictureError as error:
+        return _stage_picture(found, total, image, batch, error)
+    tokens = found.calls[0].k.shape[-2]
+    padding = padding_of(inputs, tokens)
+    try:
+        layout = token_layout(found, classifier, image)
+        return Picture(0, readout(found, total, image), layout, padding), "whole"
+    except UnsupportedModelError as error:
+        # A class is read in ways that are known; another number may read the tokens in any way.
+        if seen.targets is not None:
+            raise
+        check_over_tokens(found.calls)
+        return None, f"none: {error}"
+
+
+def _stage_picture(
+    found: Recording, total: Tensor, image: Tensor | None, batch: int, why: NoPictureError
+) -> tuple[Picture | None, str]:
+    check_over_tokens(found.calls)
+    try:
+        stage = last_stage(found, found.calls, batch)
+        layout = stage_layout(stage, image)
+        start = readout(stage, total, image)
+    except UnsupportedModelError as error:
+        return None, f"none: {why} {error}"
+    assert layout.grid is not None
+    first = len(found.calls) - len(stage.calls)
+    return Picture(first, start, layout), f"last stage, {layout.grid[0]} x {layout.grid[1]}"
+
+
+def _grads(found: Recording, score: Tensor, edges: Any, scope: str) -> list[Tensor]:
+    """`dy/dO` of every layer, arranged like its output; zero where the number does not depend on it."""
+    if not score.requires_grad:
+        raise UnsupportedModelError(
+            "the explained number carries no gradient: the forward detaches its output."
+        )
+    grads = torch.autograd.grad(score.sum(), edges, allow_unused=True)
+    if scope == "whole":
+        check_reached(found.calls, grads)
+    elif not any(grad is not None for grad in grads):
+        raise UnsupportedModelError("the explained number depends on no attention layer of the model.")
+    return [
+        torch.zeros_like(call.output) if grad is None else call.arrange(grad)
+        for call, grad in zip(found.calls, grads, strict=True)
+    ]
+
+
+def _numbers(
+    found: Recording,
+    grads: list[Tensor],
+    picture: Picture | None,
+    seen: Explained,
+    form: Form,
+    scope: str,
+    batch: int,
+) -> Measured:
+    calls, first, sweep = found.calls, len(found.calls), None
+    numbers: list[LayerNumbers] = []
+    alone = replace(form, head_maps=False)
+    if picture is not None:
+        first = picture.first
+        sweep = Sweep(calls[first:], picture.start, form, picture.layout, picture.padding)
+    for index in reversed(range(len(calls))):
+        if sweep is not None and index >= first:
+            sweep.take(index - first, grads.pop())
+            numbers.insert(0, sweep.layers[index - first])
+        else:
+            layer = visit(calls[index], grads.pop(), {}, {}, alone, _NO_LAYOUT, None)
+            numbers.insert(0, fold_numbers(layer, batch, form.norm))
+    kept = Explained(seen.score.detach(), None if seen.logits is None else seen.logits.detach(), seen.targets)
+    return Measured(tuple(_named(call, calls) for call in calls), numbers, sweep, picture, kept, scope)
+
+
+def _named(call: AttentionCall, calls: list[AttentionCall]) -> str:
+    """Path of a layer; sub-maps of a twin call are told apart by number."""
+    if not call.twin and not any(other.twin and other.name == call.name for other in calls):
+        return call.name
+    alike = [other for other in calls if other.name == call.name]
+    return (
+        f"{call.name}:{next(i for i, other in enumerate(alike) if other is call)}"
+        if len(alike) > 1
+        else call.name
+    )
+
+
+def _forward(classifier: nn.Module, inputs: dict[str, Any], found: Recording) -> tuple[Any, Tensor | None]:
+    """The output, and the images at the head of its graph."""
     key = image_key(inputs)
     if key is None or not inputs[key].is_floating_point():
-        return logits_of(forward(classifier, inputs)), None if key is None else inputs[key]
+        return forward(classifier, inputs), None if key is None else inputs[key]
     # The copy is no leaf, so that a model may normalise its input in place, and never the caller's.
     image = inputs[key].detach().requires_grad_().clone()
-    return logits_of(forward(classifier, {**inputs, key: image})), image
+    found.image = image.grad_fn
+    return forward(classifier, {**inputs, key: image}), image
 
 
 def _last_depth(calls: list[AttentionCall], grads: list[Tensor]) -> tuple[list[AttentionCall], list[Tensor]]:

@@ -17,22 +17,91 @@ from gmar_lightning.explain.trace import as_tokens
 
 # A head reads one token, the mean of some, or both (class token beside the mean); never a mixture of many.
 _MOST_READ_GROUPS = 2
+# Gradient at rows that nobody reads, relative to the largest, that is rounding (a Fourier transform and back).
+_STRAY = 1e-6
 
 
 def readout(found: Recording, score: Tensor, image: Tensor | None) -> Tensor:
     """The row of tokens that the classifier reads, `(batch, tokens)`; NaN for an image without finite logits."""
     read = last_tokens(found, score, image)
+    found.trace.tokens.read_place = found.trace.tokens.place(read)
     last = found.calls[-1]
     if last.is_pool:
         return last.q.new_ones(len(last.q), 1)
-    grad = _token_grad(score, read, last)
+    block = _first_tokens(found, score, image, read)
+    grad, alive = _token_grad(score, read, last), _token_grad(score, block, last)
     finite = grad.isfinite().flatten(1).all(-1)
     if (grad.flatten(1).abs().amax(-1).eq(0) & finite).any():
         grad = torch.where(finite[:, None, None], _grad_before_head(found, image), torch.nan)
+        alive = grad
     rows = readout_rows(grad.masked_fill(~finite[:, None, None], 1.0))
+    # A mask that was multiplied in leaves the gradient behind it equal; in front of it, masked tokens have none.
+    rows = rows * alive.masked_fill(~finite[:, None, None], 1.0).ne(0).any(-1)
+    rows = rows / rows.sum(-1, keepdim=True)
+    if ((rows > 0).sum(-1) > 1).any():
+        _check_weights(found, score, image)
     if (rows > 0).float().mean() > 0.5:
         _check_last_block(found, read)
     return rows.masked_fill(~finite[:, None], torch.nan)
+
+
+def _first_tokens(found: Recording, score: Tensor, image: Tensor | None, read: Tensor) -> Tensor:
+    """The first tokens after the last attention through which all of the score passes."""
+    sources = _sources(found, image)
+    for tokens in found.trace.tokens.leaving:
+        if tokens is read or _passes_all(score, tokens, sources):
+            return tokens
+    return read
+
+
+def _check_weights(found: Recording, score: Tensor, image: Tensor | None) -> None:
+    """Refuse weights that tokens are multiplied by, and powers of them, on the way to the pool.
+
+    Behind them the gradient is the same for all tokens, as under a plain mean. What makes all tokens equally long
+    (a normalisation written by hand) is no weight.
+    """
+    sources = _sources(found, image)
+    for product, operands in found.trace.tokens.products:
+        if product.grad_fn is None or not _weighs_tokens(found, product, operands):
+            continue
+        if _passes_all(score, product, sources):
+            raise UnsupportedModelError(
+                f"the classifier reads its tokens with different weights: after {found.calls[-1].name} they are "
+                "multiplied by factors of their own or raised to a power before they are pooled (weighted, gated or "
+                "generalised-mean pooling), so no row of tokens says how much each is read."
+            )
+
+
+def _weighs_tokens(found: Recording, product: Tensor, operands: tuple[Tensor, ...]) -> bool:
+    last = found.calls[-1]
+    result = as_tokens(product.detach(), len(last.q), last.q.shape[-2])
+    if result is None or not operands:
+        return True  # a power
+    real = result.ne(0).any(-1)
+    for operand in operands:
+        try:
+            seen = as_tokens(operand.float().expand(product.shape), len(last.q), last.q.shape[-2])
+        except RuntimeError:
+            return False
+        assert seen is not None
+        first = seen[torch.arange(len(seen), device=seen.device), real.int().argmax(-1)][:, None]
+        if not ((seen - first).abs().amax(-1) * real).gt(1e-6 * first.abs().max()).any():
+            return False  # the same for all tokens that are left: a mask, or weights per channel
+    size = result.float().square().mean(-1)
+    largest = size.amax(-1, keepdim=True)
+    return bool((((largest - size) * real) > 1e-2 * largest).any())
+
+
+def _passes_all(score: Tensor, tokens: Tensor, sources: set[Any]) -> bool:
+    if score.grad_fn is None or tokens.grad_fn is None:
+        return False
+    return not reaches([score.grad_fn], sources, barrier=tokens.grad_fn)
+
+
+def _sources(found: Recording, image: Tensor | None) -> set[Any]:
+    first = found.calls[0]
+    sources = {image.grad_fn} if image is not None and image.grad_fn is not None else set()
+    return sources | ({first.edge.node} if first.edge is not None else set())
 
 
 def _token_grad(score: Tensor, tokens: Tensor, call: AttentionCall) -> Tensor:
@@ -85,9 +154,7 @@ def last_tokens(found: Recording, score: Tensor, image: Tensor | None) -> Tensor
     Raises:
         UnsupportedModelError: When the score reads anything beside them.
     """
-    last, first = found.calls[-1], found.calls[0]
-    sources = {image.grad_fn} if image is not None and image.grad_fn is not None else set()
-    sources |= {first.edge.node} if first.edge is not None else set()
+    last, sources = found.calls[-1], _sources(found, image)
     if score.grad_fn is None or not reaches([score.grad_fn], sources):
         raise UnsupportedModelError(
             "the logits carry no gradient back to the attention layers: the model's forward detaches its features "
@@ -158,7 +225,7 @@ def check_rows_apart(calls: Sequence[AttentionCall], grads: Sequence[Tensor], st
     for call, grad in zip(calls, grads, strict=True):
         strength = grad.abs().amax((1, 3)).float()
         stray = (strength * (start == 0)).amax(-1)
-        if (stray > 1e-3 * strength.amax(-1)).any():
+        if (stray > _STRAY * strength.amax(-1)).any():
             raise UnsupportedModelError(
                 f"after {call.name} ({call.owner}) the classifier depends on tokens it does not read: something "
                 "beside attention mixes the tokens (a linear layer over positions, gating, normalisation over "

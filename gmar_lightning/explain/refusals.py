@@ -7,15 +7,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from gmar_lightning.explain.attention import AttentionCall, Recording
-from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.errors import NoPictureError, UnsupportedModelError
 
 
-def check_plain_attention(found: Recording, batch: int) -> None:
-    """Refuse every model whose rollout is not the product of plain token-to-token attention maps.
-
-    Args:
-        found: What a forward pass over `batch` images showed.
-        batch: Number of images.
+def check_visible(found: Recording) -> None:
+    """Refuse a model part of whose attention is not seen, or is no softmax attention that multiplies values.
 
     Raises:
         UnsupportedModelError: Naming the module, its class and the reason.
@@ -27,6 +23,8 @@ def check_plain_attention(found: Recording, batch: int) -> None:
             "scaled_dot_product_attention (talking heads, a linear or windowed variant, or a module written "
             "without it), so its heads cannot be scored."
         )
+    if not found.calls and found.aside:
+        raise UnsupportedModelError(under_no_grad(found.aside))
     if not found.calls:
         seen = f" {_listed(trace.silent)} ran without calling it." if trace.silent else ""
         raise UnsupportedModelError(
@@ -39,10 +37,26 @@ def check_plain_attention(found: Recording, batch: int) -> None:
             f"{_listed(trace.silent)} ran without calling scaled_dot_product_attention: "
             "part of the attention (linear, channel or windowed attention, or an opaque kernel) is invisible."
         )
+
+
+def check_plain_attention(found: Recording, batch: int) -> None:
+    """Refuse every model whose rollout is not the product of plain token-to-token attention maps.
+
+    Args:
+        found: What a forward pass over `batch` images showed.
+        batch: Number of images.
+
+    Raises:
+        NoPictureError: When the heads can be scored all the same; names the module, its class and the reason.
+        UnsupportedModelError: When they cannot.
+    """
+    trace = found.trace
+    check_visible(found)
     for call in found.calls:
         _check_shape(call, batch)
-        _check_kind(call)
     _check_sequence(found.calls)
+    for call in found.calls:
+        _check_kind(call)
     if trace.mixers:
         raise UnsupportedModelError(
             f"tokens are mixed outside the attention, in {_listed(trace.mixers)}: "
@@ -65,9 +79,18 @@ def check_reached(calls: Sequence[AttentionCall], grads: Sequence[Tensor | None]
     return [grad for grad in grads if grad is not None]
 
 
+def under_no_grad(calls: Sequence[AttentionCall]) -> str:
+    """Why attention that no gradient reaches cannot be explained."""
+    return (
+        f"{_listed([_named(call) for call in calls])} runs under torch.no_grad() or on detached features inside the "
+        "model's own forward, so no gradient reaches its map. Freeze with requires_grad_(False) instead of "
+        "no_grad(), or name the inner module with module=."
+    )
+
+
 def _check_shape(call: AttentionCall, batch: int) -> None:
     if call.q.ndim != 4 or call.q.shape[0] != batch:
-        raise UnsupportedModelError(
+        raise NoPictureError(
             f"{_named(call)} attends with queries of shape {tuple(call.q.shape)} for {batch} images: windowed, "
             "axial or merged attention, or several views of an image; expected (batch, heads, tokens, dim) over "
             "the whole image."
@@ -80,7 +103,7 @@ def _check_kind(call: AttentionCall) -> None:
             f"{_named(call)} pools without parameters: queries, keys and values are one tensor."
         )
     if call.twin:
-        raise UnsupportedModelError(
+        raise NoPictureError(
             f"{_named(call)} makes two attention calls at once or on the same values (differential attention): its "
             "true map combines the two, and a head's share in it is not defined."
         )
@@ -90,10 +113,7 @@ def _check_kind(call: AttentionCall) -> None:
             "over the image, or branches of different length. Name a single classifier with module=."
         )
     if not call.output.requires_grad:
-        raise UnsupportedModelError(
-            f"{_named(call)} runs under torch.no_grad() inside the model's own forward, so no gradient reaches its "
-            "map. Freeze with requires_grad_(False) instead of no_grad(), or name the inner module with module=."
-        )
+        raise UnsupportedModelError(under_no_grad([call]))
 
 
 def _check_sequence(calls: list[AttentionCall]) -> None:
@@ -102,13 +122,13 @@ def _check_sequence(calls: list[AttentionCall]) -> None:
         queries, keys = call.q.shape[-2], call.k.shape[-2]
         final_pool = call is calls[-1] and layer > 0 and call.is_pool
         if queries != keys and not final_pool:
-            raise UnsupportedModelError(
+            raise NoPictureError(
                 f"{_named(call)} attends from {queries} queries to {keys} keys at layer {layer}: class "
                 "attention, cross attention or pooled keys; rollout needs square maps up to one final "
                 "one-query pool."
             )
         if keys != tokens:
-            raise UnsupportedModelError(
+            raise NoPictureError(
                 f"token count changes at layer {layer}: {_named(call)} sees {keys} tokens after "
                 f"{tokens} before (hierarchical, or tokens dropped, merged or added)."
             )

@@ -105,7 +105,7 @@ def pull(row: Tensor, call: AttentionCall, weights: Tensor) -> Tensor:
     """`sum_h weights_h * row @ A_h`, `(batch, keys)`, for a row `(batch, queries)`."""
     pulled = row.new_zeros(row.shape[0], call.k.shape[-2])
     for block in blocks(call):
-        attention = block.scores(call).softmax(-1)
+        attention = block.attention(call, None)
         share = weights[block.images, block.heads, None] * row[block.images, None, block.rows]
         pulled[block.images] += (share.flatten(1)[:, None] @ attention.flatten(1, 2))[:, 0]
     return pulled

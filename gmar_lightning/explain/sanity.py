@@ -26,7 +26,9 @@ class SkippedCheckError(RuntimeError):
     """A check that cannot be made on this model; says why."""
 
 
-def class_sensitivity(model: nn.Module, images: Any, result: GMARResult, explain: Explain) -> Tensor:
+def class_sensitivity(
+    model: nn.Module, images: Any, heatmaps: Tensor, targets: Tensor, logits: Tensor, explain: Explain
+) -> Tensor:
     """Rank correlation of each map with the map of the runner-up class (as Rebuffi et al. 2020).
 
     1 means that the map is the same whatever class is explained: it is class-blind, and cannot answer "why this
@@ -37,21 +39,22 @@ def class_sensitivity(model: nn.Module, images: Any, result: GMARResult, explain
     Args:
         model: What was explained.
         images: The images that were explained.
-        result: Their explanation by `explain`.
+        heatmaps: Their maps by `explain`, `(batch, grid_h, grid_w)`.
+        targets: The classes explained, `(batch,)`.
+        logits: `(batch, classes)`.
         explain: `gmar` with the form of the explanation filled in; called as `explain(model, images, targets)`.
 
     Returns:
         `(batch,)` in [-1, 1]; NaN where a map has no order.
 
     Raises:
-        SkippedCheckError: What was explained is no class among several.
+        SkippedCheckError: There is but one class.
     """
-    logits, targets, maps = result.logits, result.targets, result.heatmaps
-    if logits is None or targets is None or maps is None or logits.shape[1] < 2:
-        raise SkippedCheckError("what is explained is no class among several")
+    if logits.shape[1] < 2:
+        raise SkippedCheckError("there is no second class to explain")
     others = explain(model, images, runner_up(logits, targets)).heatmaps
     assert others is not None, "the same model had a picture"
-    return rank_correlation(maps, others)
+    return rank_correlation(heatmaps, others)
 
 
 def runner_up(logits: Tensor, targets: Tensor) -> Tensor:
@@ -62,9 +65,11 @@ def runner_up(logits: Tensor, targets: Tensor) -> Tensor:
 def randomisation(
     model: nn.Module,
     images: Any,
-    result: GMARResult,
+    heatmaps: Tensor,
+    targets: Tensor,
     explain: Explain,
     *,
+    layer: str,
     module: str | None = None,
     seed: int = 0,
 ) -> Tensor:
@@ -79,8 +84,10 @@ def randomisation(
     Args:
         model: What was explained.
         images: The images that were explained.
-        result: Their explanation by `explain`.
+        heatmaps: Their maps by `explain`, `(batch, grid_h, grid_w)`.
+        targets: The classes explained, `(batch,)`.
         explain: `gmar` with the form of the explanation filled in; called as `explain(model, images, targets)`.
+        layer: Path of the last attention layer, as `GMARResult.layers` has it.
         module: Dotted path of the classifier inside `model`.
         seed: Of the shuffling.
 
@@ -88,14 +95,12 @@ def randomisation(
         `(batch,)` in [-1, 1]; NaN where a map has no order.
 
     Raises:
-        SkippedCheckError: The weights cannot be exchanged for a moment, or there is no picture.
+        SkippedCheckError: The weights cannot be exchanged for a moment.
     """
-    if result.heatmaps is None:
-        raise SkippedCheckError("there is no picture to compare")
-    with shuffled_top_block(classifier_of(model, module), result.layers[-1], seed):
-        others = explain(model, images, result.targets).heatmaps
+    with shuffled_top_block(classifier_of(model, module), layer, seed):
+        others = explain(model, images, targets).heatmaps
     assert others is not None, "the same model had a picture"
-    return rank_correlation(result.heatmaps, others)
+    return rank_correlation(heatmaps, others)
 
 
 @contextmanager

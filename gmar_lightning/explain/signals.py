@@ -50,11 +50,12 @@ class MapSignals:
         self.peak = torch.full_like(self.entropy, -torch.inf)
         self._far: tuple[slice, Tensor] | None = None
 
-    def add(self, block: Block, scores: Tensor, attention: Tensor) -> None:
-        """Take in one block, its pre-softmax scores and its map."""
+    def add(self, block: Block, scores: Tensor | None, attention: Tensor) -> None:
+        """Take in one block, its pre-softmax scores (None where the model computes them by hand) and its map."""
         part = block.images, block.heads
         share = self.share[block.images, None, block.rows]
-        self.peak[part] = torch.maximum(self.peak[part], scores.amax((-2, -1)))
+        peak = attention.new_tensor(torch.nan) if scores is None else scores.amax((-2, -1))
+        self.peak[part] = torch.maximum(self.peak[part], peak)
         self.entropy[part] += (torch.special.entr(attention).sum(-1) * share).sum(-1)
         if self.layout.grid is not None and self.queries > 1:
             far = self._distances(block.rows, attention)

@@ -156,11 +156,13 @@ def visit(
     sums = LayerSums(call, plain, gated, form, layout, padding)
     groups = call.q.shape[1] // call.v.shape[1]
     for block in blocks(call):
-        scores = block.scores(call) if sums.needs_map else None
+        by_hand = call.weights is not None
+        scores = block.scores(call) if sums.needs_map and not by_hand else None
         map_grad = None
         if sums.needs_grad:
             map_grad = block.of_queries(output_grad) @ block.of_keys(call.v, groups).mT
-        sums.add(block, scores, None if scores is None else scores.softmax(-1), map_grad)
+        attention = block.attention(call, scores) if sums.needs_map else None
+        sums.add(block, scores, attention, map_grad)
     return sums.results(call, output_grad)
 
 
@@ -201,7 +203,7 @@ class LayerSums:
             self.plain.add(block, attention)
         if self.gated is not None and map_grad is not None:
             self.gated.add(block, (attention * map_grad).clamp_min_(0))
-        if self.signals is not None and scores is not None:
+        if self.signals is not None:
             self.signals.add(block, scores, attention)
 
     def results(self, call: AttentionCall, output_grad: Tensor) -> LayerNumbers:

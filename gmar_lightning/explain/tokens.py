@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmar_lightning.explain.attention import Recording
+from gmar_lightning.explain.attention import AttentionCall, Recording
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.trace import as_tokens
 
@@ -18,6 +18,8 @@ from gmar_lightning.explain.trace import as_tokens
 _MOST_PREFIX_TOKENS = 64
 # How far, in patches, the centre of what a token sees may lie from the centre of its patch.
 _MOST_OFFSET = 0.75
+# Gradient at other tokens, relative to the largest, that is rounding (a Fourier transform and back).
+_STRAY = 1e-6
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def token_layout(found: Recording, model: nn.Module, image: Tensor | None) -> To
     if seen_by is None and layouts[0].grid in told:
         return layouts[0]
     for layout in layouts:
-        if seen_by is not None and _sees_its_patches(layout, *seen_by):
+        if seen_by is not None and sees_its_patches(layout, *seen_by):
             return layout
     tried = ", ".join(dict.fromkeys(f"{height} x {width}" for height, width in grids))
     raise UnsupportedModelError(
@@ -100,24 +102,52 @@ def _square_patches(tokens: int, size: tuple[int, int]) -> Iterator[tuple[int, i
 
 
 def _what_tokens_see(found: Recording, image: Tensor, layout: TokenLayout) -> tuple[list[int], Tensor] | None:
-    """Up to two token indices and how strongly they depend on each pixel together, `(height, width)`."""
+    """Up to two token indices and how strongly they depend on each pixel together, `(height, width)`.
+
+    Asked of what enters the attention itself, queries, keys and values. The gradient passes the tokens on its way
+    there, so that mixing in front of the first layer that was seen shows as well.
+    """
     first = found.calls[0]
-    patches = first.k.shape[-2] - layout.prefix
+    tokens = first.k.shape[-2]
+    patches = tokens - layout.prefix
     asked = sorted({layout.prefix + int(patches * 0.35), layout.prefix + int(patches * 0.8)})
-    for candidate in found.trace.tokens.entering:
-        tokens = as_tokens(candidate, len(first.k), first.k.shape[-2])
-        if tokens is None:
-            continue
-        # Not a plain sum: the sum over a LayerNorm's output is constant.
-        score = (tokens[:, asked] * direction(tokens)).sum()
-        (grad,) = torch.autograd.grad(score, image, retain_graph=True, allow_unused=True)
-        if grad is not None and grad.isfinite().all() and grad.any():
-            seen = grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum((0, 1))
-            return asked, seen / seen.sum()
-    return None
+    parts = [part for part in found.entered if part.requires_grad and part.shape[-2] == tokens]
+    if not parts:
+        return None
+    # Not a plain sum: the sum over a LayerNorm's output is constant.
+    score = torch.stack([(part[:, :, asked] * direction(part)).sum() for part in parts]).sum()
+    earlier = [t for t in found.trace.tokens.entering if t.requires_grad and t is not image]
+    grad, *others = torch.autograd.grad(score, [image, *earlier], retain_graph=True, allow_unused=True)
+    for other in others:
+        if other is not None:
+            _check_unmixed(len(asked), other, first)
+    if grad is None or not grad.isfinite().all() or not grad.any():
+        return None
+    seen = grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum((0, 1))
+    return asked, seen / seen.sum()
 
 
-def _sees_its_patches(layout: TokenLayout, asked: list[int], seen: Tensor) -> bool:
+def _check_unmixed(asked: int, grad: Tensor, first: AttentionCall) -> None:
+    """Refuse when so many tokens were computed from more tokens than they are; another order is no mixture."""
+    batch, tokens = len(first.k), first.k.shape[-2]
+    views = [as_tokens(grad, batch, tokens)]
+    if grad.shape[1:] == (tokens, tokens):
+        views.append(grad.mT)  # channels in front of as many tokens cannot be told from tokens
+    counts = []
+    for view in views:
+        assert view is not None
+        strength = view.detach().abs().nan_to_num(0.0).amax((0, 2))
+        counts.append(int((strength > _STRAY * strength.max()).sum()))
+    if min(counts) > asked:
+        raise UnsupportedModelError(
+            f"tokens are mixed outside the attention, before {first.name} ({first.owner}), the first layer seen: a "
+            "token there depends on several (attention that does not pass scaled_dot_product_attention, or a gate "
+            "or normalisation over tokens), so the picture would be wrong."
+        )
+
+
+def sees_its_patches(layout: TokenLayout, asked: list[int], seen: Tensor) -> bool:
+    """Whether some tokens lie where a layout says, by how strongly they depend on each pixel, `(height, width)`."""
     assert layout.grid is not None
     height, width = layout.grid
     cells = [divmod(token - layout.prefix, width) for token in asked]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
+from gmar_lightning.explain.softmax import HandWritten
+
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 _CONVOLUTIONS = frozenset(
     f"conv{transposed}{dims}d" for transposed in ("", "_transpose") for dims in (1, 2, 3)
@@ -21,6 +23,10 @@ _POOLS = frozenset(
     f"{kind}_pool{dims}d" for kind in ("avg", "max", "adaptive_avg", "adaptive_max") for dims in (1, 2)
 )
 _FFTS = frozenset(name for name in dir(torch.fft) if "fft" in name and not name.startswith("_"))
+_PRODUCTS = frozenset(
+    {"mul", "rmul", "imul", "multiply", "div", "truediv", "itruediv", "true_divide", "divide"}
+)
+_POWERS = frozenset({"pow", "rpow", "ipow", "square", "float_power", "exp", "expm1", "exp2"})
 _OPAQUE = frozenset({"flex_attention", "varlen_attn"})
 
 
@@ -29,6 +35,7 @@ class _Frame:
     module: nn.Module
     invocation: int
     called: bool = False
+    entering: tuple[Tensor, ...] = ()
 
     @property
     def attention_like(self) -> bool:
@@ -40,37 +47,64 @@ class TokenTrail:
     """Tensors with one vector per token: what the first attention read, and what followed the last one.
 
     Attributes:
-        entering: Candidates for the tokens that entered the first attention, latest first.
+        entering: Tensors with one vector per token on the way to the first attention, in order.
         leaving: Token tensors after the last attention, in order.
         before_pool: The same before an attention call that gathered the tokens into one, if the last one did.
+        products: Token tensors after the last attention that are products, with their factors, or powers, without.
+        read_place: How many-eth tensor after the last attention the readout was taken from.
+        wanted: Number of the tensor to keep in a pass without gradients.
+        kept: That tensor.
     """
 
     def __init__(self) -> None:
         self.entering: list[Tensor] = []
         self.leaving: list[Tensor] = []
         self.before_pool: list[Tensor] = []
+        self.products: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+        self.read_place: int | None = None
+        self.wanted: int | None = None
+        self.kept: Tensor | None = None
+        self._places: dict[int, int] = {}
+        self._count = 0
         self._sizes: tuple[int, int] | None = None
 
     def note(self, tensor: Tensor) -> None:
         """A function or module returned `tensor`."""
-        if not tensor.requires_grad or tensor.ndim not in (3, 4):
+        if tensor.ndim not in (3, 4):
             return
         if self._sizes is None:
-            if tensor.ndim == 3:
+            if tensor.ndim == 3 and tensor.requires_grad:
                 self.entering.append(tensor)
         elif as_tokens(tensor, *self._sizes) is not None:
-            self.leaving.append(tensor)
+            if self._count == self.wanted:
+                self.kept = tensor.clone()
+            if tensor.requires_grad:
+                self._places[id(tensor)] = self._count
+                self.leaving.append(tensor)
+            self._count += 1
+
+    def note_product(self, name: str, operands: tuple[Any, ...], result: Tensor) -> None:
+        """A function called `name` returned `result`."""
+        name = name.strip("_")
+        if self._sizes is None or not result.requires_grad or as_tokens(result, *self._sizes) is None:
+            return
+        factors = tuple(operand.detach() for operand in operands if isinstance(operand, Tensor))
+        if name in _PRODUCTS and len(factors) == 2:
+            self.products.append((result, factors))
+        elif name in _POWERS:
+            self.products.append((result, ()))
+
+    def place(self, tensor: Tensor) -> int | None:
+        """Number of one of the tensors `leaving`, counted over those without gradients as well."""
+        return self._places.get(id(tensor))
 
     def saw_attention(self, batch: int, queries: int, keys: int) -> None:
         """An attention call from `queries` to `keys` tokens was computed."""
         if self._sizes is None:
-            fitting = [t for t in self.entering if as_tokens(t, batch, keys) is not None]
-            # A projection to queries, keys and values is wider than the tokens it reads.
-            narrowest = min((t.shape[-1] for t in fitting), default=0)
-            self.entering = [t for t in reversed(fitting) if t.shape[-1] == narrowest]
+            self.entering = [t for t in self.entering if as_tokens(t, batch, keys) is not None]
         self._sizes = batch, queries
         self.before_pool = self.leaving if queries == 1 < keys else []
-        self.leaving = []
+        self.leaving, self.products, self.kept, self._count = [], [], None, 0
 
 
 def as_tokens(tensor: Tensor, batch: int, tokens: int) -> Tensor | None:
@@ -91,7 +125,8 @@ class ModuleTrace:
     Attributes:
         grids: Height and width of 2-D convolution outputs before any attention, the latest first.
         mixers: What mixed tokens outside the attention, after the first attention.
-        softmaxes: Modules that compute attention-like softmaxes by hand.
+        softmaxes: Modules that compute attention-like softmaxes by hand, without values they are multiplied with.
+        hand: Follows scores and maps of attention written by hand.
         silent: Modules named as attention that ran without a call that was intercepted.
         handed_out: Graph nodes of attention weights that modules returned beside their output.
         tokens: The token tensors on the way.
@@ -104,6 +139,7 @@ class ModuleTrace:
         self.softmaxes: list[str] = []
         self.silent: list[str] = []
         self.handed_out: set[Any] = set()
+        self.hand = HandWritten(self.running)
         self.tokens = TokenTrail()
         self.pooled: Tensor | None = None
         self._names: dict[nn.Module, str] = {}
@@ -133,21 +169,39 @@ class ModuleTrace:
                 return self._names[frame.module], type(frame.module).__name__, frame.invocation
         return "", "the model", -1
 
-    def saw_attention(self, batch: int, queries: int, keys: int) -> None:
-        """An attention call was computed inside the running modules."""
+    def running(self) -> list[tuple[int, bool]]:
+        """Invocation number of each running module, outermost first, and whether it has parameters."""
+        return [(f.invocation, next(f.module.parameters(), None) is not None) for f in self._stack]
+
+    def entering(self) -> tuple[Tensor, ...]:
+        """What the innermost running module with parameters was given, as far as it is in a graph."""
+        for frame in reversed(self._stack):
+            if frame.entering and next(frame.module.parameters(), None) is not None:
+                return frame.entering
+        return ()
+
+    def saw_call(self) -> None:
+        """An attention call was computed inside the running modules, whatever it attended over."""
         for frame in self._stack:
             frame.called = True
+
+    def saw_attention(self, batch: int, queries: int, keys: int) -> None:
+        """An attention call that the images reach went from `queries` to `keys` tokens."""
         self.tokens.saw_attention(batch, queries, keys)
         self._token_count = keys
 
     def saw_function(self, func: Any, operands: tuple[Any, ...], result: Any, is_softmax: bool) -> None:
         """A torch function of `operands` returned `result`."""
-        if not isinstance(result, Tensor) or self._foreign():
+        if self._foreign():
+            return
+        of_scores = self.hand.saw(func, operands, result, is_softmax, self._where() if is_softmax else "")
+        if not isinstance(result, Tensor):
             return
         self.tokens.note(result)
-        if is_softmax and _looks_like_attention(result):
+        if of_scores or (is_softmax and _looks_like_attention(result)):
             self.softmaxes.append(self._where())
         name = getattr(func, "__name__", "").lstrip("_")
+        self.tokens.note_product(name, operands, result)
         if name in _OPAQUE:
             self.silent.append(f"{self._where()} calling {name}")
         elif self._token_count is None:
@@ -163,7 +217,8 @@ class ModuleTrace:
     def _enter(self, module: nn.Module, args: Any) -> None:
         if self._foreign():
             return
-        self._stack.append(_Frame(module, next(self._count)))
+        entering = tuple(x for x in args if isinstance(x, Tensor) and x.ndim >= 3 and x.grad_fn is not None)
+        self._stack.append(_Frame(module, next(self._count), entering=entering))
         if isinstance(module, nn.Linear) and args and isinstance(args[0], Tensor) and args[0].ndim == 2:
             self.pooled = args[0]
 

@@ -13,12 +13,15 @@ from torch import Tensor
 IMAGE_KEYS = ("images", "image", "pixel_values", "inputs", "input", "x", "img")
 LABEL_KEYS = ("labels", "label", "targets", "target", "y", "class", "classes", "class_id")
 _DEEPEST = 4
+# Marks, within this file, a part that came under a key of a mapping.
+_KEY = "\0"
 
 
 def unpack_batch(batch: Any, positions: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
     """Images and labels of a batch.
 
-    Images are the tensor `(batch, channels, height, width)` under one of `IMAGE_KEYS`, else the first there is.
+    Images are the tensor `(batch, channels, height, width)` under one of `IMAGE_KEYS`, else the first there is
+    outside of mappings.
     Labels are class indices `(batch,)` or `(batch, 1)` under one of `LABEL_KEYS`, else the first there are that
     are not the samples' own positions; one-hot and soft labels `(batch, classes)` stand for their largest class.
 
@@ -33,8 +36,11 @@ def unpack_batch(batch: Any, positions: Sequence[int] = ()) -> tuple[Tensor, Ten
         ValueError: Naming the keys or positions that were seen.
     """
     parts = list(_parts(batch, ""))
-    named = [value for key in IMAGE_KEYS for name, value in parts if _last(name) == key and _is_images(value)]
-    images = next(iter([*named, *(value for _, value in parts if _is_images(value))]), None)
+    pictures = [(name, value) for name, value in parts if _is_images(value)]
+    named = [value for key in IMAGE_KEYS for name, value in pictures if _last(name) == key]
+    # A mapping's other keys may stand for anything (masks, a second view), so there the name has to be known.
+    placed = [value for name, value in pictures if not name.endswith(_KEY)]
+    images = next(iter([*named, *placed]), None)
     if images is None:
         by_name = any(not _last(name).isdigit() for name, _ in parts)
         hint = f"name the images one of {', '.join(IMAGE_KEYS)}" if by_name else "put (images, labels) first"
@@ -53,7 +59,7 @@ def _parts(value: Any, name: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Leaves of a nested batch with their path."""
     inner: Any = None
     if isinstance(value, Mapping):
-        inner = value.items()
+        inner = [(f"{key}{_KEY}", item) for key, item in value.items()]
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         inner = [(item.name, getattr(value, item.name)) for item in dataclasses.fields(value)]
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -114,11 +120,11 @@ def _is_images(value: Any) -> bool:
 
 
 def _last(name: str) -> str:
-    return name.rpartition(".")[2]
+    return name.rpartition(".")[2].removesuffix(_KEY)
 
 
 def _place(name: str) -> str:
-    return f"position {name}" if name.isdigit() else name
+    return f"position {name}" if name.isdigit() else name.replace(_KEY, "")
 
 
 def _described(value: Any) -> str:

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from gmar_lightning.explain.importance import head_shares
+from gmar_lightning.monitor.attention_rules import AttentionRules
+from gmar_lightning.monitor.causes import with_causes
 from gmar_lightning.monitor.events import EventKind, HeadEvent, HeadState, ProbeReport, nonfinite_event
-from gmar_lightning.monitor.latch import HOLD, HeldPeak, Latch, restored
-from gmar_lightning.monitor.levels import lower_median, most, most_of_the_others, shares
-from gmar_lightning.monitor.reading import as_array, checked_names, nonfinite
+from gmar_lightning.monitor.latch import HOLD, HeadMemory, Latch, most, most_of_the_others
 
-_HABIT = 5.0  # times the median head: more than that is an explosion, and its end is no loss
-_BURST = 3.0  # times its own peak: a head that jumps this far at once has exploded
+_TINY = 1e-9  # keeps a quotient finite; smaller than any fraction that is compared
 
 
 class CollapseDetector:
@@ -74,14 +74,8 @@ class CollapseDetector:
         vanished: float = 0.3,
         shrunk: float = 0.2,
     ) -> None:
-        fractions = {
-            "floor": floor,
-            "drop": drop,
-            "overshadowed": overshadowed,
-            "dominance": dominance,
-            "vanished": vanished,
-            "shrunk": shrunk,
-        }
+        fractions = {"floor": floor, "drop": drop, "overshadowed": overshadowed}
+        fractions |= {"dominance": dominance, "vanished": vanished, "shrunk": shrunk}
         for name, value in fractions.items():
             if not 0 < value < 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {value}")
@@ -100,7 +94,12 @@ class CollapseDetector:
         self._begin((0, 0))
 
     def update(
-        self, step: int, importance: torch.Tensor | np.ndarray, layers: Sequence[str] | None = None
+        self,
+        step: int,
+        importance: torch.Tensor | np.ndarray,
+        layers: Sequence[str] | None = None,
+        signals: Mapping[str, torch.Tensor | np.ndarray] | None = None,
+        context: Mapping[str, float] | None = None,
     ) -> list[HeadEvent]:
         """Judge one more probe.
 
@@ -113,6 +112,11 @@ class CollapseDetector:
             importance: Raw head importance averaged over the probe images, `(layers, heads)`, not
                 negative. Layers with fewer heads are padded at the end with NaN.
             layers: Names of the layers for messages; `layer 0`, `layer 1`, ... without.
+            signals: Other signals per head by name, `(layers, heads)` each, mean over the probe images.
+                They tell why a head collapsed and find what importance cannot see; a signal that is
+                missing, or NaN, only leaves out the rules that need it.
+            context: `probability`, the mean probability of the explained class, and `learning_rate`: with
+                them a shrinking model can be told from a confident one or from one that hardly learns.
 
         Returns:
             What was decided at this probe, the whole model first, then layers, then heads. If any entry is
@@ -123,15 +127,16 @@ class CollapseDetector:
                 `layers`, or an entry is negative.
         """
         step = operator.index(step)
-        started = self._last_step is not None
-        raw = as_array(importance, self._present.shape if started else None)
-        names = checked_names(raw, layers, self._names)
-        bad = nonfinite(raw, self._present if started else None)
+        present = None if self._last_step is None else self._memory.present
+        raw = _as_array(importance, "importance", None if present is None else present.shape)
+        names = _checked_names(raw, layers, self._names)
+        others = {name: _as_array(value, name, raw.shape) for name, value in (signals or {}).items()}
+        bad = _nonfinite(raw, present)
         if bad.any():
             return [nonfinite_event(step, bad, names)]
         if np.nanmin(raw) < 0:
             raise ValueError(f"importance is a norm and cannot be negative, got {np.nanmin(raw):.3g}")
-        if not started:
+        if present is None:
             self._begin(raw.shape)
         self._names = names
         if self._last_step is not None and step <= self._last_step:
@@ -139,16 +144,22 @@ class CollapseDetector:
                 return []
             for latch in self._latches().values():
                 latch.restart()
+            self._rules.restart()
         self._last_step = step
-        self._present |= np.isfinite(raw)
-        return self._judge(step, np.where(self._present, raw, 0.0))
+        self._memory.present |= np.isfinite(raw)
+        events = self._judge(step, np.where(self._memory.present, raw, 0.0))
+        events += self._rules.judge(step, names, others, self._collapsed.active | self._dormant.active)
+        events = with_causes(events, self._rules.evidence(others, context))
+        self._rules.take_in(others, context)
+        # the whole model first, then layers, then heads
+        return sorted(events, key=lambda event: (event.layer is not None) + (event.head is not None))
 
     @property
     def states(self) -> list[list[HeadState]]:
         """State of each head now, as `states[layer][head]`; empty before the first probe."""
         return [
             [self._state_of(layer, int(head)) for head in np.flatnonzero(present)]
-            for layer, present in enumerate(self._present)
+            for layer, present in enumerate(self._memory.present)
         ]
 
     @property
@@ -161,13 +172,10 @@ class CollapseDetector:
         return {
             "last_step": self._last_step,
             "names": list(self._names),
-            "shape": list(self._present.shape),
-            "present": self._present.tolist(),
-            "age": self._age.tolist(),
-            "low": self._low.tolist(),
-            "raw": self._raw.state_dict(),
-            "share": self._share.state_dict(),
+            "shape": list(self._memory.present.shape),
+            **self._memory.state_dict(),
             **{name: latch.state_dict() for name, latch in self._latches().items()},
+            "rules": self._rules.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -181,10 +189,11 @@ class CollapseDetector:
             fresh = copy.copy(self)
             fresh._begin((layers, heads))
             fresh._names, fresh._last_step = list(state["names"]), state["last_step"]
-            for name in ("_present", "_age", "_low"):
-                setattr(fresh, name, restored(state[name[1:]], getattr(fresh, name)))
-            for name, part in {"raw": fresh._raw, "share": fresh._share, **fresh._latches()}.items():
-                part.load_state_dict(state[name])
+            fresh._memory.load_state_dict(state)
+            for name, latch in fresh._latches().items():
+                latch.load_state_dict(state[name])
+            # a state written before there were signals has none
+            fresh._rules.load_state_dict(state.get("rules", {}))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a state of a CollapseDetector: {error!r}") from error
         # nothing is taken over unless all of it fits
@@ -192,79 +201,32 @@ class CollapseDetector:
 
     def _begin(self, shape: tuple[int, ...]) -> None:
         layers = shape[:1]
-        self._present = np.zeros(shape, dtype=bool)
-        self._age = np.zeros(shape, dtype=np.int64)
-        self._low = np.zeros(shape)  # raw importance when the head was called collapsed or dormant
-        self._raw, self._share = HeldPeak(shape), HeldPeak(shape)
+        self._memory = HeadMemory(shape)
         self._collapsed = Latch(shape, self.patience, self.clear_after)
         self._dormant = Latch(shape, 1, self.clear_after)
         self._dominant = Latch(shape, self.patience, self.clear_after)
         self._vanished = Latch(layers, self.patience, self.clear_after)
         self._shrunk = Latch((), self.patience, self.clear_after)
+        self._rules = AttentionRules(shape, self.patience, self.clear_after, self.hysteresis, self.warmup)
 
     def _latches(self) -> dict[str, Latch]:
-        return {
-            "collapsed": self._collapsed,
-            "dormant": self._dormant,
-            "dominant": self._dominant,
-            "vanished": self._vanished,
-            "shrunk": self._shrunk,
-        }
+        names = ("collapsed", "dormant", "dominant", "vanished", "shrunk")
+        return {name: getattr(self, f"_{name}") for name in names}
 
     def _judge(self, step: int, raw: np.ndarray) -> list[HeadEvent]:
-        share = shares(raw)
-        self._rebase(raw, share)
-        kept = self._kept(raw)
-        top = self._best_kept(kept)
+        memory, share = self._memory, head_shares(torch.from_numpy(raw)).numpy()
+        memory.excuse_what_fell_by_an_explosion(raw, share)
+        kept = memory.kept(raw, self.warmup)
+        top = memory.best_kept(kept, self.dormant_after, self._dormant.active)
         others = most_of_the_others(top)
-        report = ProbeReport(
-            step,
-            self._names,
-            raw,
-            share,
-            self._raw.value,
-            self._share.value,
-            self._present.sum(axis=1)[:, None],
-        )
+        heads = memory.present.sum(axis=1)[:, None]
+        report = ProbeReport(step, self._names, raw, share, memory.raw.value, memory.share.value, heads)
         events = self._judge_model(report, top)
         events += self._judge_layers(report, top, others)
         events += self._judge_heads(report, kept, np.minimum(top, others)[:, None])
         events += self._judge_dominance(report)
-        # The first probe is no reference: a model at initialisation is not typical of itself.
-        seen = self._age > 0
-        exploded = (self._raw.value > 0) & (raw > _HABIT * self._typical(raw))
-        self._raw.update(np.where(seen, raw, 0.0), ~exploded)
-        self._share.update(np.where(seen, share, 0.0), seen)
-        self._age = self._age + self._present
+        memory.take_in(raw, share, self._dormant.active)
         return events
-
-    def _rebase(self, raw: np.ndarray, share: np.ndarray) -> None:
-        """What fell in the same probe in which a neighbour exploded fell because of it: not a loss of its own."""
-        peak, last = self._raw.value, self._raw.last
-        burst = (peak > 0) & (raw > _BURST * peak) & (raw > 2 * last) & (share > 0.5) & (share < 1)
-        if not burst.any():
-            return
-        fell = np.divide(raw, last, out=np.ones_like(raw), where=(last > 0) & ~burst)
-        self._raw.value = self._raw.value * np.minimum(fell, 1.0)
-
-    def _typical(self, values: np.ndarray) -> np.ndarray:
-        """The median living head of each layer, `(layers, 1)`."""
-        living = (self._raw.value > 0) & ~self._dormant.active
-        return lower_median(np.where(living, values, np.nan))
-
-    def _kept(self, raw: np.ndarray) -> np.ndarray:
-        """What each head kept of its peak; NaN where there is nothing to compare with."""
-        judged = self._present & (self._age >= self.warmup) & (self._raw.value > 0)
-        return np.divide(raw, self._raw.value, out=np.full(raw.shape, np.nan), where=judged)
-
-    def _best_kept(self, kept: np.ndarray) -> np.ndarray:
-        """What the best-kept living head of each layer kept, at most 1; `(layers,)`."""
-        living = np.isfinite(kept) & ~self._dormant.active
-        top = np.where(living, kept, 0.0).max(axis=1, initial=0.0)
-        # A layer that never carried any gradient has kept nothing; one that cannot be judged yet, everything.
-        of_age = self._present & (self._age + 1 >= self.dormant_after)
-        silent = (self._raw.value.max(axis=1, initial=0.0) == 0) & of_age.any(axis=1)
-        return np.where(living.any(axis=1), np.minimum(top, 1.0), np.where(silent, 0.0, 1.0))
 
     def _judge_model(self, report: ProbeReport, top: np.ndarray) -> list[HeadEvent]:
         level = np.asarray(most(np.sort(top)))
@@ -284,44 +246,49 @@ class CollapseDetector:
         ]
 
     def _judge_heads(self, report: ProbeReport, kept: np.ndarray, scale: np.ndarray) -> list[HeadEvent]:
-        living = self._present & ~self._dormant.active
-        fair = self._typical(self._raw.value) * scale
-        left = np.divide(report.raw, fair, out=np.ones_like(report.raw), where=fair > 0)
-        lost = np.divide(kept, scale, out=np.ones_like(kept), where=np.isfinite(kept) & (scale > 0))
-        floor = self.floor * np.clip(self.drop / np.maximum(lost, 1e-9), 1, 2)
-        shadow = self.overshadowed * report.raw.max(axis=1, keepdims=True)
+        memory = self._memory
+        living = memory.present & ~self._dormant.active
+        # what it once held, as if it had shrunk with its layer and with the other layers
+        fair = memory.typical(memory.raw.value, self._dormant.active) * scale
+        of_fair = np.divide(report.raw, fair, out=np.ones_like(report.raw), where=fair > 0)
+        left = np.divide(kept, scale, out=np.ones_like(kept), where=np.isfinite(kept) & (scale > 0))
+        # a once strong head that lost far more than asked need not fall further than the others
+        floor = self.floor * np.clip(self.drop / np.maximum(left, _TINY), 1, 2)
+        strongest = report.raw.max(axis=1, keepdims=True)
 
-        def near_nothing(slack: float) -> np.ndarray:
-            small = (left < floor * slack) | (report.raw < shadow * slack)
-            return (lost < self.drop * slack) & small
+        def dead(slack: float) -> np.ndarray:
+            left_with_little = left < self.drop * slack
+            next_to_nothing = of_fair < floor * slack
+            overshadowed = report.raw < self.overshadowed * strongest * slack
+            return left_with_little & (next_to_nothing | overshadowed)
 
-        grown = (report.raw >= self.hysteresis * self._low) & (report.raw > 0)
-        back = ~near_nothing(self.hysteresis) & (lost >= self.drop) & grown
-        collapsed, recovered = self._collapsed.update(report.step, living & near_nothing(1.0), back)
+        grown = (report.raw >= self.hysteresis * memory.low) & (report.raw > 0)
+        returned = ~dead(self.hysteresis) & (left >= self.drop) & grown
+        collapsed, recovered = self._collapsed.update(report.step, living & dead(1.0), returned)
 
-        awake = (left >= self.hysteresis * self.floor) & grown
-        dormant, woke = self._dormant.update(report.step, self._unborn(report), awake)
-        self._low = np.where(collapsed | dormant, report.raw, self._low)
+        awake = (of_fair >= self.hysteresis * self.floor) & grown
+        dormant, woke = self._dormant.update(report.step, self._never_came_alive(report), awake)
+        memory.low = np.where(collapsed | dormant, report.raw, memory.low)
 
-        events = []
-        judged: tuple[tuple[EventKind, np.ndarray, Latch], ...] = (
+        events: list[HeadEvent] = []
+        kinds: tuple[tuple[EventKind, np.ndarray, Latch], ...] = (
             ("collapsed", collapsed, self._collapsed),
             ("recovered", recovered, self._collapsed),
             ("dormant", dormant, self._dormant),
             ("woke", woke, self._dormant),
         )
-        for kind, mask, latch in judged:
+        for kind, mask, latch in kinds:
             events += [report.head(kind, layer, head, since) for layer, head, since in _where(mask, latch)]
         return events
 
-    def _unborn(self, report: ProbeReport) -> np.ndarray:
+    def _never_came_alive(self, report: ProbeReport) -> np.ndarray:
         """Heads that, now that they are old enough, have never come alive; not in a layer that is all zero."""
-        of_age = self._present & (self._age + 1 == self.dormant_after) & ~self._collapsed.active
-        never = self._share.value * report.heads < self.floor
+        of_age = self._memory.present & (self._memory.age + 1 == self.dormant_after) & ~self._collapsed.active
+        never = self._memory.share.value * report.heads < self.floor
         return of_age & never & (report.raw.sum(axis=1, keepdims=True) > 0)
 
     def _judge_dominance(self, report: ProbeReport) -> list[HeadEvent]:
-        judged = self._present & (self._age >= self.warmup) & (report.heads >= 3)
+        judged = self._memory.present & (self._memory.age >= self.warmup) & (report.heads >= 3)
         on = judged & (report.share > self.dominance)
         raised, cleared = self._dominant.update(report.step, on, report.share < 0.75 * self.dominance)
         return [
@@ -336,11 +303,13 @@ class CollapseDetector:
             status, since = "collapsed", int(self._collapsed.since[at])
         elif self._dormant.active[at]:
             status, since = "dormant", int(self._dormant.since[at])
-        elif self._age[at] < self.warmup:
+        elif self._memory.age[at] < self.warmup:
             status = "warming"
-        peak = float(self._raw.value[at])
-        kept = float(self._raw.last[at]) / peak if peak > 0 else math.nan
-        return HeadState(status, float(self._share.last[at]), float(self._share.value[at]), kept, since)
+        peak = float(self._memory.raw.value[at])
+        kept = float(self._memory.raw.last[at]) / peak if peak > 0 else math.nan
+        return HeadState(
+            status, float(self._memory.share.last[at]), float(self._memory.share.value[at]), kept, since
+        )
 
 
 def _where(mask: np.ndarray, latch: Latch) -> Iterator[tuple[int, ...]]:
@@ -348,3 +317,34 @@ def _where(mask: np.ndarray, latch: Latch) -> Iterator[tuple[int, ...]]:
     for at in np.argwhere(mask):
         index = tuple(int(i) for i in at)
         yield *index, int(latch.since[index])
+
+
+def _as_array(values: torch.Tensor | np.ndarray, name: str, shape: tuple[int, ...] | None) -> np.ndarray:
+    """A float64 copy of `(layers, heads)`; raises ValueError for another shape, or not `shape` if given."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().to("cpu", torch.float64).numpy()
+    array = np.array(values, dtype=np.float64)
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(f"{name} must have shape (layers, heads), got {array.shape}")
+    if shape is not None and array.shape != shape:
+        raise ValueError(f"{name} changed shape from {shape} to {array.shape}")
+    return array
+
+
+def _checked_names(raw: np.ndarray, layers: Sequence[str] | None, before: list[str]) -> list[str]:
+    """One name for each layer; those known before, or made up, where none are given."""
+    if layers is None:
+        return before or [f"layer {layer}" for layer in range(len(raw))]
+    if len(layers) != len(raw):
+        raise ValueError(f"{len(layers)} layer names for importance of shape {raw.shape}")
+    return [str(name) for name in layers]
+
+
+def _nonfinite(raw: np.ndarray, present: np.ndarray | None) -> np.ndarray:
+    """Entries that should be numbers and are not: NaN is padding only where no head was ever seen."""
+    finite = np.isfinite(raw)
+    if present is None:
+        # the first probe: padding stands behind the last number of a layer
+        present = np.flip(np.logical_or.accumulate(np.flip(finite, 1), axis=1), 1)
+        present = present | ~finite.any(axis=1, keepdims=True)
+    return (present & ~finite) | np.isinf(raw)

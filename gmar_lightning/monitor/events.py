@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 EventKind = Literal[
+    # from importance
     "collapsed",
     "recovered",
     "dormant",
@@ -20,6 +21,21 @@ EventKind = Literal[
     "global_shrink",
     "global_restored",
     "nonfinite",
+    # from the signals that see what importance cannot
+    "entropy_collapse",
+    "entropy_restored",
+    "uniform_attention",
+    "uniform_attention_end",
+    "logit_growth",
+    "logit_growth_end",
+    "attention_sink",
+    "attention_sink_end",
+    "head_copy",
+    "head_copy_end",
+    "rank_collapse",
+    "rank_restored",
+    "constant_values",
+    "constant_values_end",
 ]
 
 
@@ -29,19 +45,26 @@ class HeadEvent:
 
     Attributes:
         step: Step of the probe that decided it.
-        kind: One of `EventKind`.
+        kind: What happened, one of `EventKind`; each trouble has a kind that takes it back.
         layer: Index of the layer; None for the whole model.
         head: Index of the head in its layer; None for a layer or the whole model.
         layer_name: Name of the layer; empty for the whole model.
         value: For a head, its share of the layer's importance now, 0 to 1. For a layer or the model, the sum
-            of raw importance now. For `nonfinite`, how many entries were not finite.
+            of raw importance now. For `nonfinite`, how many entries were not finite. For kinds that a signal
+            shows (`entropy_collapse` and those after it), that signal now.
         reference: The same quantity at the highest level that was held for three probes.
         since_step: Step of the first probe at which the condition held.
-        message: The event in one sentence, with its numbers.
+        message: The event with its numbers, for a person.
         ablation_logit: Mean change of the explained logit when the flagged heads are zeroed, if measured.
         ablation_loss: Mean change of the loss when the flagged heads are zeroed, if measured.
         control_logit: The same for as many random unflagged heads of the layer, if measured.
         control_loss: The same for as many random unflagged heads of the layer, if measured.
+        cause: Why, one of `causes.Cause`; None where it was not asked (no signals).
+        evidence: The two figures that decided the cause.
+        mean_ablation_logit: As `ablation_logit`, with their mean output over the images in their place.
+        mean_ablation_loss: As `ablation_loss`, with their mean output over the images in their place.
+        gate_logit: This head's own part of `ablation_logit`, by the gradient at its gate in 4 steps.
+        ablation_images: How many images all of this was measured on.
     """
 
     step: int
@@ -57,6 +80,12 @@ class HeadEvent:
     ablation_loss: float | None = None
     control_logit: float | None = None
     control_loss: float | None = None
+    cause: str | None = None
+    evidence: str = ""
+    mean_ablation_logit: float | None = None
+    mean_ablation_loss: float | None = None
+    gate_logit: float | None = None
+    ablation_images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,20 +135,20 @@ class ProbeReport:
         share, reference = float(self.share[layer, head]), float(self.peak_share[layer, head])
         raw, peak = float(self.raw[layer, head]), float(self.peak[layer, head])
         who = f"{self.names[layer]} head {head}"
-        kept = f"{_percent(raw / peak)} of its peak" if peak > 0 else "zero"
-        shares = f"its share of the layer went from {_percent(reference)} to {_percent(share)}"
+        kept = f"{percent(raw / peak)} of its peak" if peak > 0 else "zero"
+        shares = f"its share of the layer went from {percent(reference)} to {percent(share)}"
         message = {
             "collapsed": f"{who} collapsed: since step {since} {shares} and its gradient is at {kept}.",
             "recovered": f"{who} recovered: since step {since} its share of the layer is back at "
-            f"{_percent(share)} (peak {_percent(reference)}) and its gradient at {kept}.",
+            f"{percent(share)} (peak {percent(reference)}) and its gradient at {kept}.",
             "dormant": f"{who} is dormant: by step {self.step} it has never held more than "
-            f"{_percent(reference)} of its layer (now {_percent(share)}; a fair share is "
-            f"{_percent(1 / float(self.heads[layer, 0]))}).",
+            f"{percent(reference)} of its layer (now {percent(share)}; a fair share is "
+            f"{percent(1 / float(self.heads[layer, 0]))}).",
             "woke": f"{who} woke: since step {since} {shares}.",
-            "dominance": f"{who} dominates its layer: since step {since} it holds {_percent(share)} of the "
+            "dominance": f"{who} dominates its layer: since step {since} it holds {percent(share)} of the "
             f"layer's importance among {int(self.heads[layer, 0])} heads.",
             "dominance_end": f"{who} no longer dominates its layer: since step {since} it holds "
-            f"{_percent(share)} of the layer's importance.",
+            f"{percent(share)} of the layer's importance.",
         }[kind]
         return HeadEvent(self.step, kind, layer, head, self.names[layer], share, reference, since, message)
 
@@ -132,7 +161,7 @@ class ProbeReport:
         elif kind == "layer_vanishing":
             message = (
                 f"{name} is vanishing as a whole: since step {since} its importance fell from {reference:.3g} "
-                f"to {value:.3g}, and even its best-kept head is at {_percent(best)} of its peak."
+                f"to {value:.3g}, and even its best-kept head is at {percent(best)} of its peak."
             )
         else:
             message = (
@@ -171,6 +200,7 @@ def nonfinite_event(step: int, bad: np.ndarray, names: Sequence[str]) -> HeadEve
     return HeadEvent(step, "nonfinite", layer, head, name, float(len(heads)), 0.0, step, message)
 
 
-def _percent(fraction: float) -> str:
-    percent = 100 * fraction
-    return f"{percent:.0f} %" if percent >= 9.5 else f"{percent:.2g} %"
+def percent(fraction: float) -> str:
+    """A fraction as a person reads it."""
+    hundredths = 100 * fraction
+    return f"{hundredths:.0f} %" if hundredths >= 9.5 else f"{hundredths:.2g} %"

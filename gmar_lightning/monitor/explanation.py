@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import numpy as np
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from gmar_lightning.explain.gmar import GMARResult, gmar
+from gmar_lightning.explain.inputs import Goal
 from gmar_lightning.explain.rollout import Rollout
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.processes import ProbeError, joined, on_every_process, rows_of_process
 from gmar_lightning.monitor.record import SIGNALS, Signal
-from gmar_lightning.monitor.settings import ProbeSettings
+from gmar_lightning.monitor.settings import ProbeSettings, Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,10 +27,11 @@ class Explanation:
         maps: Form of the rollout to `(images, grid_h, grid_w)`, the primary form first.
         importance: `(images, layers, heads)`.
         others: Every other signal per head, name to `(images, layers, heads)`.
-        logits: `(images, classes)`.
-        targets: `(images,)`, the classes explained.
+        logits: `(images, classes)`; None when a callable says what is explained.
+        targets: `(images,)`, the classes explained; None likewise.
         scores: `(images,)`, the explained scalars.
         layers: Module path of each layer.
+        scope: What the maps cover, as in `GMARResult`.
         head_maps: `(images, layers, heads, grid_h, grid_w)`; None unless asked for.
         micro_batch_size: Images per forward.
         out_of_memory: Whether that was halved because memory ran out.
@@ -38,10 +40,11 @@ class Explanation:
     maps: Mapping[str, np.ndarray]
     importance: np.ndarray
     others: Mapping[str, np.ndarray]
-    logits: np.ndarray
-    targets: np.ndarray
+    logits: np.ndarray | None
+    targets: np.ndarray | None
     scores: np.ndarray
     layers: tuple[str, ...]
+    scope: str = "whole"
     head_maps: np.ndarray | None = None
     micro_batch_size: int = 1
     out_of_memory: bool = False
@@ -86,7 +89,7 @@ def explain_together(
     # All forms come from the same pass, so the record keeps them all.
     others = [form for form in get_args(Rollout) if form != settings.rollout]
 
-    def explained() -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    def explained() -> tuple[dict[str, np.ndarray], tuple[str, ...], str]:
         with settings.precision():
             result = explain(
                 model,
@@ -98,8 +101,9 @@ def explain_together(
                 module=settings.module,
                 micro_batch_size=size,
                 signals=True,
+                head_maps=settings.drawn > 0,
             )
-        return _per_image(result), result.layers
+        return _per_image(result), result.layers, result.scope
 
     while True:
         try:
@@ -109,12 +113,20 @@ def explain_together(
                 raise ProbeError("out of memory with one image at a time") from None
             size, exhausted = -(-size // 2), True
         else:
-            return _together([part for part, _ in parts], len(probe), parts[0][1], size, exhausted)
+            found = _together([part for part, _, _ in parts], len(probe), parts[0][1], size, exhausted)
+            return replace(found, head_maps=_drawn(found.head_maps, settings.drawn), scope=parts[0][2])
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
 
-def _targets(probe: ProbeBatch, target: str | int, rows: list[int]) -> Tensor | None:
+def _drawn(head_maps: np.ndarray | None, count: int) -> np.ndarray | None:
+    # Relevance per token of a sequence is no picture.
+    return head_maps[:count] if head_maps is not None and head_maps.ndim == 5 else None
+
+
+def _targets(probe: ProbeBatch, target: Target, rows: list[int]) -> Goal:
+    if callable(target):
+        return target
     if target == "predicted":
         return None
     if target == "label":
@@ -126,19 +138,17 @@ def _targets(probe: ProbeBatch, target: str | int, rows: list[int]) -> Tensor | 
 
 def _per_image(result: GMARResult) -> dict[str, np.ndarray]:
     """Everything in a result that has a row per image, under flat names."""
-    assert result.logits is not None
-    assert result.targets is not None
     parts = {
         "importance": result.importance,
-        "logits": result.logits,
-        "targets": result.targets,
         "scores": result.score,
         "signal contribution": result.contribution,
         **{f"signal {name}": values for name, values in result.signals.items()},
         **{f"map {form}": maps for form, maps in result.maps.items()},
     }
-    if result.head_maps is not None:
-        parts["head_maps"] = result.head_maps
+    for name in ("logits", "targets", "head_maps"):
+        value = getattr(result, name)
+        if value is not None:
+            parts[name] = value
     return {name: _as_array(value) for name, value in parts.items()}
 
 
@@ -159,8 +169,8 @@ def _together(
         maps=named("map "),
         importance=whole["importance"],
         others=named("signal "),
-        logits=whole["logits"],
-        targets=whole["targets"],
+        logits=whole.get("logits"),
+        targets=whole.get("targets"),
         scores=whole["scores"],
         layers=layers,
         head_maps=whole.get("head_maps"),

@@ -1,13 +1,22 @@
-"""How faithful the maps of a probe are, on a few of its images, beside a random map and plain rollout."""
+"""How far the maps of a probe can be relied on, tested on a few of its images.
+
+Insertion minus deletion and average drop beside a random map and plain rollout; how much the map depends on the class
+and on the top block's weights. Cost for each of four images: 29 forwards, and two forwards with their backwards.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gmar_lightning.explain.faithfulness import faithfulness_per_image, random_maps
+from gmar_lightning.explain.gmar import GMARResult, gmar
 from gmar_lightning.explain.inputs import classifier_of
+from gmar_lightning.explain.sanity import SkippedCheckError, class_sensitivity, randomisation
 from gmar_lightning.monitor.explanation import Explanation
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.processes import joined, on_every_process, rows_of_process
@@ -21,45 +30,100 @@ FAITHFULNESS = tuple(
     for value in ("insertion_minus_deletion", "average_drop")
     for beside in ("", "_random", "_rollout")
 )
+# Rank correlations that a map should not have: with the runner-up's map, and with that of shuffled weights.
+SANITY = ("class_sensitivity", "randomisation")
 
 
 def measure_faithfulness(
-    model: nn.Module, probe: ProbeBatch, explanation: Explanation, settings: ProbeSettings
+    model: nn.Module,
+    probe: ProbeBatch,
+    explanation: Explanation,
+    settings: ProbeSettings,
+    say: Callable[[str, str], None],
 ) -> dict[str, float]:
-    """Insertion minus deletion and average drop of a probe's maps, mean over its first images.
+    """Faithfulness, class sensitivity and randomisation of a probe's maps, mean over its first images.
 
-    Cost: about 29 forwards per image, shared out between the processes. The values are per image, and the
-    random map of an image is its own, so the means do not depend on the number of processes.
+    The images are shared out between the processes. The values are per image, and the random map of an image is its
+    own, so the means do not depend on the number of processes.
 
     Args:
         model: The model that was probed, held whole by every process.
         probe: The probe images.
         explanation: What the probe found; its first maps are tried.
         settings: As the probe was taken.
+        say: Told why a check was skipped, with a key for the kind of reason.
 
     Returns:
-        A number for each of `FAITHFULNESS`; NaN when no map is finite.
+        A number for each of `FAITHFULNESS` and `SANITY`; NaN when no map is finite, and for a check that was skipped.
     """
     count = min(_IMAGES, len(probe))
     rows = rows_of_process(count)
+    assert explanation.targets is not None, "the caller asks for the faithfulness of classes only"
+    assert explanation.logits is not None
+    logits = torch.from_numpy(explanation.logits[rows])
     maps = torch.from_numpy(next(iter(explanation.maps.values())))
     plain = torch.from_numpy(explanation.maps["rollout"])
     noise = random_maps((count, *maps.shape[1:]))
+    targets = torch.from_numpy(explanation.targets[rows])
 
     def tried() -> dict[str, np.ndarray]:
         with settings.precision():
             values = faithfulness_per_image(
                 classifier_of(model, settings.module),
                 probe.images[rows],
-                torch.from_numpy(explanation.targets[rows]),
+                targets,
                 maps[rows],
                 noise[rows],
                 rollout=plain[rows],
             )
         return {name: value.cpu().numpy() for name, value in values.items()}
 
-    values = joined(on_every_process(tried), count)
-    return {name: _mean(values[name]) for name in FAITHFULNESS}
+    def checked() -> dict[str, np.ndarray]:
+        tests: dict[str, Callable[[], Tensor]] = {
+            "class_sensitivity": lambda: class_sensitivity(
+                model, probe.images[rows], maps[rows], targets, logits, _explain(settings)
+            ),
+            "randomisation": lambda: randomisation(
+                model,
+                probe.images[rows],
+                maps[rows],
+                targets,
+                _explain(settings),
+                layer=explanation.layers[-1],
+                module=settings.module,
+            ),
+        }
+        return {name: _or_skipped(test, name, len(rows), settings, say) for name, test in tests.items()}
+
+    values = {**joined(on_every_process(tried), count), **joined(on_every_process(checked), count)}
+    return {name: _mean(values[name]) for name in (*FAITHFULNESS, *SANITY)}
+
+
+def _explain(settings: ProbeSettings) -> Callable[..., GMARResult]:
+    """`gmar` as the maps of the primary form were made."""
+    return functools.partial(
+        gmar,
+        norm=settings.norm,
+        rollout=settings.rollout,
+        residual=settings.residual,
+        module=settings.module,
+        micro_batch_size=settings.micro_batch_size,
+    )
+
+
+def _or_skipped(
+    test: Callable[[], Tensor],
+    name: str,
+    count: int,
+    settings: ProbeSettings,
+    say: Callable[[str, str], None],
+) -> np.ndarray:
+    try:
+        with settings.precision():
+            return test().cpu().numpy()
+    except SkippedCheckError as reason:
+        say(f"GMARCallback: {name} of the maps is not measured: {reason}", f"skipped {name}")
+        return np.full(count, np.nan)
 
 
 def _mean(values: np.ndarray) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.isolation import isolated_random_state, kept
 from gmar_lightning.monitor.batches import unpack_batch
 from gmar_lightning.monitor.processes import of_first_process, on_every_process
@@ -73,10 +74,13 @@ def draw_probe(loader: Any, num_images: int, transfer: Callable[[Any], Any] | No
         ValueError: When images cannot be found in the batches, or the loader cannot be read without
             disturbing it.
     """
-    # What cannot be copied is read itself, and put back: generators, counters, positions, open files.
-    with isolated_random_state(seed=0), kept(_roots(loader)):
-        batch, positions, available = _drawn(loader, num_images)
-        images, labels = unpack_batch(batch if transfer is None else transfer(batch), positions)
+    try:
+        # What cannot be copied is read itself, and put back: generators, counters, positions, open files.
+        with isolated_random_state(seed=0), kept(_roots(loader)):
+            batch, positions, available = _drawn(loader, num_images)
+            images, labels = unpack_batch(batch if transfer is None else transfer(batch), positions)
+    except UnsupportedModelError as error:
+        raise ValueError(f"{error} Pass probe_batch=(images, labels).") from error
     images = images.detach().cpu().clone()
     if labels is None:
         return ProbeBatch(images[:num_images], None, available)

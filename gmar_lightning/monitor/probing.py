@@ -17,7 +17,7 @@ from gmar_lightning.monitor.confirmation import confirm_by_ablation
 from gmar_lightning.monitor.drift import DriftTracker
 from gmar_lightning.monitor.events import HeadEvent
 from gmar_lightning.monitor.explanation import Explanation, explain_together
-from gmar_lightning.monitor.live import FAITHFULNESS, measure_faithfulness
+from gmar_lightning.monitor.live import FAITHFULNESS, SANITY, measure_faithfulness
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.processes import gathered, refused
 from gmar_lightning.monitor.record import ProbeRecord
@@ -30,12 +30,21 @@ MOST_FAILURES = 3
 
 @dataclass(frozen=True)
 class Moment:
-    """When a probe is taken: the logger's x, optimizer steps, epoch, and what the trainer had logged last."""
+    """When a probe is taken.
+
+    Attributes:
+        step: The logger's x.
+        global_step: Optimizer steps taken.
+        epoch: Current epoch.
+        metrics: What the trainer had logged last.
+        last: Whether the run is expected to end here.
+    """
 
     step: int
     global_step: int
     epoch: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
+    last: bool = False
 
 
 class Prober:
@@ -112,7 +121,7 @@ class Prober:
         )
         try:
             with gathered(model):
-                record = self._completed(model, record)
+                record = self._completed(model, record, moment.last)
         except Exception as error:
             if self._on_error == "raise" or (first and refused(error)):
                 raise
@@ -136,27 +145,26 @@ class Prober:
             self.detector.load_state_dict(state["detector"])
         self.taken, self.failed = state["taken"], state["failed"]
 
-    def _completed(self, model: nn.Module, record: ProbeRecord) -> ProbeRecord:
+    def _completed(self, model: nn.Module, record: ProbeRecord, last: bool) -> ProbeRecord:
         """The record with everything that the model has to be asked for."""
         assert self.probe is not None, "begin() hands over the images"
         explanation = self._explained(model, self.probe, record.step)
         signals = explanation.signals()
-        events = self._judged(model, self.probe, record.step, explanation, signals)
-        probabilities = torch.from_numpy(explanation.logits).softmax(-1).numpy()
+        events = self._judged(model, self.probe, record, explanation, signals)
+        if explanation.scope != "whole":
+            self._say(f"GMARCallback: heatmaps: {explanation.scope}. Numbers per head are exact.", "scope")
         return replace(
             record,
+            **_classes(explanation),
             signals=signals,
             maps=explanation.maps,
             head_maps=explanation.head_maps,
             layers=explanation.layers,
-            targets=tuple(explanation.targets.tolist()),
-            predictions=tuple(explanation.logits.argmax(-1).tolist()),
-            probabilities=tuple(probabilities.max(-1).tolist()),
             scores=tuple(explanation.scores.tolist()),
             events=tuple(events),
             flagged=tuple(self.detector.flagged) if self.detector is not None else (),
             drift=self._drift_of(explanation),
-            faithfulness=self._faithfulness(model, self.probe, record.step, explanation),
+            faithfulness=self._faithfulness(model, self.probe, record, explanation, last),
         )
 
     def _explained(self, model: nn.Module, probe: ProbeBatch, step: int) -> Explanation:
@@ -176,13 +184,15 @@ class Prober:
         self,
         model: nn.Module,
         probe: ProbeBatch,
-        step: int,
+        record: ProbeRecord,
         explanation: Explanation,
         signals: Mapping[str, np.ndarray],
     ) -> list[HeadEvent]:
         if self.detector is None:
             return []
-        events = self.detector.update(step, signals["importance"], explanation.layers)
+        step, others = record.step, {name: table for name, table in signals.items() if name != "importance"}
+        context = _context(explanation, record.metrics)
+        events = self.detector.update(step, signals["importance"], explanation.layers, others, context)
         if not self.settings.confirm:
             return events
         try:
@@ -201,20 +211,22 @@ class Prober:
         return None if primary is None else self._drift.compare(primary)
 
     def _faithfulness(
-        self, model: nn.Module, probe: ProbeBatch, step: int, explanation: Explanation
+        self, model: nn.Module, probe: ProbeBatch, record: ProbeRecord, explanation: Explanation, last: bool
     ) -> dict[str, float] | None:
         every = self.settings.faithfulness_every
         if every is None:
             return None
         # Always the same names: a CSV file has the columns of its first row.
-        nothing = dict.fromkeys(FAITHFULNESS, math.nan)
-        if (self.taken - 1) % every:
+        nothing = dict.fromkeys((*FAITHFULNESS, *SANITY), math.nan)
+        due = self.taken == 1 or last if every == "ends" else (self.taken - 1) % every == 0
+        pictures = all(maps.ndim == 3 for maps in explanation.maps.values()) and bool(explanation.maps)
+        if not due or not pictures or explanation.targets is None:
             return nothing
         try:
-            return measure_faithfulness(model, probe, explanation, self.settings)
+            return measure_faithfulness(model, probe, explanation, self.settings, self._say)
         except Exception as error:
             self._say(
-                f"GMARCallback: the faithfulness of the maps at step {step} could not be measured ({error})",
+                f"GMARCallback: the faithfulness of the maps at step {record.step} could not be measured ({error})",
                 "faithfulness",
             )
             return nothing
@@ -228,3 +240,26 @@ class Prober:
             self._say(
                 f"GMARCallback: {MOST_FAILURES} probes in a row failed; no more probes in this run", "spent"
             )
+
+
+def _context(explanation: Explanation, metrics: Mapping[str, float]) -> dict[str, float]:
+    """What tells a model that shrinks from one that is sure, or that hardly learns any more."""
+    context: dict[str, float] = {}
+    if explanation.logits is not None and explanation.targets is not None:
+        chances = torch.from_numpy(explanation.logits).softmax(-1).numpy()
+        context["probability"] = float(chances[np.arange(len(chances)), explanation.targets].mean())
+    # as LearningRateMonitor names them, one for each optimizer and group
+    rates = [value for name, value in metrics.items() if name.startswith("lr-")]
+    return {**context, "learning_rate": max(rates)} if rates else context
+
+
+def _classes(explanation: Explanation) -> dict[str, tuple[Any, ...]]:
+    """What a record says of classes; nothing when the explained number is no class logit."""
+    if explanation.logits is None or explanation.targets is None:
+        return {}
+    probabilities = torch.from_numpy(explanation.logits).softmax(-1).numpy()
+    return {
+        "targets": tuple(explanation.targets.tolist()),
+        "predictions": tuple(explanation.logits.argmax(-1).tolist()),
+        "probabilities": tuple(probabilities.max(-1).tolist()),
+    }

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from gmar_lightning.explain.importance import Norm
 from gmar_lightning.explain.rollout import Rollout
 
+# "predicted", "label", a class index, or a callable `(output) -> (batch,)`, see `gmar_lightning.targets`.
+Target = Literal["predicted", "label"] | int | Callable[[Any], Any]
 Precision = Callable[[], AbstractContextManager[Any]]
 
 
@@ -18,23 +20,26 @@ class ProbeSettings:
     """What is asked of the model at a probe, the same for the whole run.
 
     Attributes:
-        target: The explained class: "predicted", "label", or a class index.
+        target: The explained class, "predicted", "label", or a class index; or a callable on the model's output.
         norm: As for `gmar`.
         rollout: The primary form of the maps; the record keeps the others too.
         residual: As for `gmar`.
         module: Dotted path of the classifier inside the model.
         micro_batch_size: Images per forward; None takes all at once.
         confirm: Whether newly flagged heads are confirmed by ablation.
-        faithfulness_every: Measure how faithful the maps are at each multiple of this; None never does.
+        faithfulness_every: When the maps themselves are tested: "ends" (first and last probe), at each multiple of
+            this, or None for never.
+        drawn: Of how many images, the first ones, the record keeps maps of single heads.
         precision: Makes the context that the training forward runs under.
     """
 
-    target: Literal["predicted", "label"] | int = "predicted"
+    target: Target = "predicted"
     norm: Norm = "l1"
     rollout: Rollout = "gradient"
     residual: float | None = None
     module: str | None = None
     micro_batch_size: int | None = None
     confirm: bool = True
-    faithfulness_every: int | None = None
+    faithfulness_every: int | Literal["ends"] | None = None
+    drawn: int = 0
     precision: Precision = nullcontext

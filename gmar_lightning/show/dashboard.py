@@ -12,8 +12,19 @@ import torch
 from gmar_lightning.monitor.history import History
 from gmar_lightning.monitor.record import ProbeRecord, effective_heads, head_counts
 from gmar_lightning.show import keys
-from gmar_lightning.show.grids import evolution_raster, importance_grid, relative_shares
+from gmar_lightning.show.grids import (
+    contribution_grid,
+    contribution_raster,
+    evolution_raster,
+    importance_grid,
+    relative_shares,
+)
+from gmar_lightning.show.head_cards import healthy_sibling, last_healthy, raised
+from gmar_lightning.show.head_pictures import head_picture
 from gmar_lightning.show.render import overlay
+
+# Pictures of more heads at once say less than the grid does.
+_MOST_FLAGGED = 8
 
 
 def scalars(record: ProbeRecord, heads: Sequence[int], per_head: bool = False) -> dict[str, float]:
@@ -49,7 +60,7 @@ def scalars(record: ProbeRecord, heads: Sequence[int], per_head: bool = False) -
     if per_head:
         numbers.update({name: float(relative[cell]) for name, cell in keys.head_names(heads)})
     for name, value in (record.faithfulness or {}).items():
-        numbers[f"{keys.FAITHFULNESS_PREFIX}{name}"] = value
+        numbers[keys.test_of_maps(name)] = value
     return numbers
 
 
@@ -65,6 +76,10 @@ def as_metrics(record: ProbeRecord) -> dict[str, torch.Tensor]:
 
 def captions(record: ProbeRecord, labels: Sequence[int] | None, names: Sequence[str] | None) -> list[str]:
     """`#3 cat → dog p=0.81 · step 1200` for each probe image."""
+    if not record.predictions:
+        return [
+            f"#{index} score={score:.3g} · step {record.step}" for index, score in enumerate(record.scores)
+        ]
     lines = []
     for index, (prediction, p) in enumerate(zip(record.predictions, record.probabilities, strict=True)):
         truth = f"{_named(labels[index], names)} → " if labels is not None else ""
@@ -86,13 +101,13 @@ def image_rows(
         {
             "image": index,
             "label": None if labels is None else _named(labels[index], names),
-            "prediction": _named(prediction, names),
-            "probability": record.probabilities[index],
-            "score": record.scores[index],
+            "prediction": _named(record.predictions[index], names) if record.predictions else None,
+            "probability": record.probabilities[index] if record.predictions else None,
+            "score": score,
             "drift": _unlikeness(record, "rank_correlation_previous", index),
             "drift_from_first": _unlikeness(record, "rank_correlation_first", index),
         }
-        for index, prediction in enumerate(record.predictions)
+        for index, score in enumerate(record.scores)
     ]
 
 
@@ -115,9 +130,56 @@ def pictures(history: History, record: ProbeRecord, images: Sequence[np.ndarray]
         "grids": {
             keys.HEAD_IMPORTANCE: importance_grid(shares[-1], record.flagged, history.layers),
             keys.HEAD_EVOLUTION: evolution_raster(shares, history.steps, history.events, history.layers),
+            **_contributions(history, record),
         },
         "importance": relative_shares(shares[-1]).ravel(),
     }
+
+
+def _contributions(history: History, record: ProbeRecord) -> dict[str, np.ndarray]:
+    if "contribution" not in record.signals:
+        return {}
+    values = history.contribution()
+    # one scale for the whole run so far, or a grid that pales would say that all heads lost their part
+    known = values[np.isfinite(values)]
+    top = float(known.max()) if known.size else None
+    return {
+        keys.HEAD_CONTRIBUTION: contribution_grid(values[-1], record.flagged, history.layers, top),
+        keys.CONTRIBUTION_EVOLUTION: contribution_raster(
+            values, history.steps, history.events, history.layers, top
+        ),
+    }
+
+
+def flagged_heads(
+    history: History, record: ProbeRecord, images: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:
+    """What each newly flagged head attends to: before its flag, now, and beside a healthy head of its layer.
+
+    Args:
+        history: The run so far, this probe included.
+        record: The probe, with its maps of heads.
+        images: The clean photographs, uint8.
+
+    Returns:
+        Logged name to picture, of at most eight heads.
+    """
+    now, drawn = record.head_maps, {}
+    if now is None or not len(images):
+        return {}
+    for event in raised(record.events)[:_MOST_FLAGGED]:
+        layer, head = int(event.layer or 0), int(event.head or 0)
+        healthy = last_healthy(history.records, event, history.records[-1].segment)
+        before = None if healthy is None else history.head_maps_of(healthy)
+        sibling = healthy_sibling(record, layer, head)
+        titles = (
+            f"head {head} of {event.layer_name} before, step {healthy.step if healthy else '-'}",
+            f"head {head} at step {record.step}: {event.kind.replace('_', ' ')}",
+            f"head {sibling} of the same layer",
+        )
+        name = keys.FLAGGED_HEAD.format(layer=layer, head=head)
+        drawn[name] = head_picture(images, now, before, layer, head, sibling, titles)
+    return drawn
 
 
 def summary(history: History) -> Mapping[str, Any]:

@@ -120,7 +120,8 @@ def evidence_lines(history: History) -> list[str]:
     if tested:
         lines += _faithfulness(tested[0], tested[-1])
     region = fixed_region(history)
-    if region is not None:
+    # a shortcut is a finding of the verdict, with the same figures
+    if region is not None and not region.shortcut_like:
         lines.append(f"{region.text[0].upper()}{region.text[1:]}.")
     return lines
 

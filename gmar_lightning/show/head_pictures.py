@@ -73,7 +73,7 @@ def all_heads_sheet(image: np.ndarray, maps: np.ndarray, layers: Sequence[str], 
 def _drawn(image: np.ndarray, layer_maps: np.ndarray, head: int) -> np.ndarray:
     """A head's map on a photograph, faded where it is faint beside the layer's strongest head."""
     strength = float(strengths(layer_maps[None, None])[0, 0, head])
-    return overlay(image, layer_maps[head], alpha=0.75 * min(1.0, strength / FAINT))
+    return overlay(image, layer_maps[head], strength=min(1.0, strength / FAINT))
 
 
 def strengths(maps: np.ndarray) -> np.ndarray:

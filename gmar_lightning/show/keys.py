@@ -28,6 +28,7 @@ class Key:
         "head number",
         "pictures",
         "picture",
+        "head picture",
         "histogram",
         "growing table",
         "table",
@@ -47,6 +48,8 @@ ENTROPY = "gmar/attention_entropy"
 DRIFT, DRIFT_FROM_FIRST = "gmar/heatmap_drift", "gmar/heatmap_drift_from_first"
 SECONDS = "gmar/compute_seconds"
 FAITHFULNESS_PREFIX = "gmar/faithfulness_"
+CLASS_SENSITIVITY, RANDOMISATION = "gmar/class_sensitivity", "gmar/randomisation"
+HEAD_CONTRIBUTION, CONTRIBUTION_EVOLUTION = "gmar/head_contribution", "gmar/head_contribution_evolution"
 COLLAPSED_FINAL, COLLAPSED_EVER = "gmar/collapsed_final", "gmar/collapsed_ever"
 FIRST_COLLAPSE, WORST_HEAD = "gmar/first_collapse_step", "gmar/worst_head"
 
@@ -55,12 +58,15 @@ LAYER_EFFECTIVE_HEADS = "gmar_layers/effective_heads_L{layer:02d}"
 LAYER_IMPORTANCE = "gmar_layers/importance_L{layer:02d}"
 LAYER_ENTROPY = "gmar_layers/entropy_L{layer:02d}"
 HEAD_SHARE = "gmar_heads/L{layer:02d}_H{head:02d}"
+FLAGGED_HEAD = "gmar_flagged/L{layer:02d}_H{head:02d}"
 
 KEYS: Mapping[str, Key] = {
     HEATMAPS: Key("the drawn probe images under their maps, in a fixed order", "pictures"),
     INPUTS: Key("the same photographs without heat, once", "pictures"),
     HEAD_IMPORTANCE: Key("layers x heads on a fixed scale, flagged heads crossed", "picture"),
     HEAD_EVOLUTION: Key("every head over the whole run; a head that dies leaves a dark streak", "picture"),
+    HEAD_CONTRIBUTION: Key("layers x heads by contribution to the score, flagged heads crossed", "picture"),
+    CONTRIBUTION_EVOLUTION: Key("contribution of every head over the whole run", "picture"),
     IMPORTANCE_HISTOGRAM: Key("all shares in fair shares, fixed range", "histogram"),
     COLLAPSED: Key("heads flagged now"),
     NEWLY_COLLAPSED: Key("heads flagged by this probe"),
@@ -73,6 +79,9 @@ KEYS: Mapping[str, Key] = {
     LAYER_EFFECTIVE_HEADS: Key("how many heads share the layer's importance", "layer number"),
     LAYER_IMPORTANCE: Key("raw importance of all heads of the layer", "layer number"),
     LAYER_ENTROPY: Key("attention entropy, mean over the heads of the layer", "layer number"),
+    FLAGGED_HEAD: Key(
+        "a newly flagged head: what it attends to before, now, and a healthy one beside it", "head picture"
+    ),
     HEAD_SHARE: Key("share in fair shares; with log_per_head=True", "head number"),
     f"{FAITHFULNESS_PREFIX}insertion_minus_deletion": Key(
         "insertion - deletion of the maps; higher is better"
@@ -82,6 +91,10 @@ KEYS: Mapping[str, Key] = {
     f"{FAITHFULNESS_PREFIX}average_drop": Key("average drop of the maps; lower is better"),
     f"{FAITHFULNESS_PREFIX}average_drop_random": Key("the same of random maps"),
     f"{FAITHFULNESS_PREFIX}average_drop_rollout": Key("the same of plain attention rollout"),
+    CLASS_SENSITIVITY: Key(
+        "rank correlation of the maps with those of the runner-up class; 1 is class-blind"
+    ),
+    RANDOMISATION: Key("rank correlation with the maps of the top block's weights shuffled; low is healthy"),
     EVENTS: Key("a row per event", "growing table"),
     IMAGES: Key("a row per drawn image and probe", "growing table"),
     HEAD_TABLE: Key("every head at every probe, at the end", "table"),
@@ -91,6 +104,12 @@ KEYS: Mapping[str, Key] = {
     FIRST_COLLAPSE: Key("step of the first flag", "summary"),
     WORST_HEAD: Key("the head with the smallest share at the end", "summary"),
 }
+
+
+def test_of_maps(name: str) -> str:
+    """The logged name of one of the numbers in `ProbeRecord.faithfulness`."""
+    others = {"class_sensitivity": CLASS_SENSITIVITY, "randomisation": RANDOMISATION}
+    return others.get(name, f"{FAITHFULNESS_PREFIX}{name}")
 
 
 def of_kind(*kinds: str) -> list[str]:

@@ -13,7 +13,7 @@ from gmar_lightning.monitor.record import ProbeRecord
 from gmar_lightning.monitor.say import SayOnce
 from gmar_lightning.show import keys
 from gmar_lightning.show.console import closing_lines, event_table
-from gmar_lightning.show.dashboard import captions, image_rows, pictures, scalars, summary
+from gmar_lightning.show.dashboard import captions, flagged_heads, image_rows, pictures, scalars, summary
 from gmar_lightning.show.loggers import adapter_for
 from gmar_lightning.show.publication import Adapter, Ending, Publication
 from gmar_lightning.show.report import write_report
@@ -80,7 +80,11 @@ class Publisher:
         self._shown += 1
         # Drawn only when they are due: the picture of a whole run takes longer as the run grows.
         media = self._guarded("drawing", lambda: self._drawn(record)) if due else None
-        publication = self._publication(record, media)
+        # A flag is rare, and its pictures belong to its step: they are never thinned out.
+        heads = (
+            self._guarded("drawing", lambda: flagged_heads(self.history, record, self.display.images)) or {}
+        )
+        publication = self._publication(record, media, heads)
         self._to_loggers(lambda adapter: self._hand(adapter, publication))
         self._opened = True
 
@@ -133,7 +137,9 @@ class Publisher:
             self._guarded("the pictures", lambda: self.history.save_overlays(stored, media["heatmaps"]))
         return media
 
-    def _publication(self, record: ProbeRecord, media: Mapping[str, Any] | None) -> Publication:
+    def _publication(
+        self, record: ProbeRecord, media: Mapping[str, Any] | None, flagged: Mapping[str, np.ndarray]
+    ) -> Publication:
         heads, display = self.history.heads, self.display
         numbers = scalars(record, heads, display.per_head)
         hidden = (
@@ -141,7 +147,7 @@ class Publisher:
         )
         events = [asdict(event) for event in record.events]
         if media is None:
-            return Publication(record.step, numbers, hidden, events=events)
+            return Publication(record.step, numbers, hidden, grids=flagged, events=events)
         return Publication(
             record.step,
             numbers,
@@ -151,7 +157,7 @@ class Publisher:
             photographs=display.images,
             events=events,
             image_rows=image_rows(record, display.labels, display.names)[: len(display.images)],
-            **media,
+            **{**media, "grids": {**media["grids"], **flagged}},
         )
 
     def _hand(self, adapter: Adapter, publication: Publication) -> None:

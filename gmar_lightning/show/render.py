@@ -61,7 +61,7 @@ def enlarged(image: np.ndarray, least: int = 192) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
 
 
-def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.75) -> np.ndarray:
+def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.75, strength: float = 1.0) -> np.ndarray:
     """Photograph with its heatmap: hot patches coloured, cold ones left visible in pale grey.
 
     Each map is scaled from its own minimum to its own maximum. A constant map shows no colour at all;
@@ -71,6 +71,7 @@ def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.75) -> np.n
         image: uint8 `(height, width, 3)`.
         heatmap: `(grid_h, grid_w)`, any range.
         alpha: opacity of the hottest patch, 0 to 1.
+        strength: below 1, the map fades towards one without heat: for maps that are weak beside others.
 
     Returns:
         uint8 `(height, width, 3)`.
@@ -78,7 +79,7 @@ def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.75) -> np.n
     height, width = image.shape[:2]
     grid = np.asarray(heatmap, dtype=np.float32)
     missing = ~np.isfinite(grid)
-    heat = _resize(_unit(np.where(missing, np.float32(np.nan), grid)), width, height)[:, :, None]
+    heat = strength * _resize(_unit(np.where(missing, np.float32(np.nan), grid)), width, height)[:, :, None]
     photo = image.astype(np.float32)
     grey = photo @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
     cold = 0.72 * grey[:, :, None] + 54.0

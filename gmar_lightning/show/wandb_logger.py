@@ -37,6 +37,7 @@ class WandbAdapter(Adapter):
     def __init__(self, logger: Any) -> None:
         super().__init__(logger)
         self._tables: dict[str, Any] = {}
+        self._defined: set[str] = set()
 
     def open(self, settings: Mapping[str, Any], scalars: Sequence[str], hidden: frozenset[str]) -> None:
         """Define every key and put the settings into `config.gmar`."""
@@ -49,11 +50,18 @@ class WandbAdapter(Adapter):
             if name in hidden:
                 run.define_metric(self.prefixed(name), step_metric=keys.STEP, hidden=True, summary="none")
             else:
-                run.define_metric(self.prefixed(name), step_metric=keys.STEP)
+                self._define(name)
+
+    def _define(self, name: str) -> None:
+        if name not in self._defined:
+            self._defined.add(name)
+            self.logger.experiment.define_metric(self.prefixed(name), step_metric=keys.STEP)
 
     def publish(self, shown: Publication) -> None:
         """Hand over one probe: a single `log_metrics` call, so that all of it shares one row."""
         grown = self._grown_tables(shown)
+        for name in shown.grids:
+            self._define(name)  # which heads will have a picture is not known before they are flagged
         self.logger.log_metrics({**shown.finite, **_media(shown), **grown}, step=shown.step)
         for table in grown.values():
             _forget_rows(table)

@@ -121,7 +121,8 @@ def _normalised(photograph: np.ndarray, model: Classifier) -> Tensor:
 
 
 def _write(path: Path, photograph: np.ndarray, result: GMARResult, with_heads: bool) -> None:
-    assert result.heatmaps is not None  # gmar() refuses what it cannot draw
+    if result.heatmaps is None:
+        raise UnsupportedModelError(f"no heatmap can be drawn, {result.scope}")
     image = enlarged(photograph)
     heat = overlay(image, result.heatmaps[0].numpy())
     Image.fromarray(contact_sheet([image, heat], columns=2)).save(path, quality=92)

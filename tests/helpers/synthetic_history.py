@@ -53,9 +53,7 @@ def head_importance(probe: int, layers: int, heads: int, dead: dict[tuple[int, i
 def head_signals(probe: int, importance: np.ndarray) -> dict[str, np.ndarray]:
     """Every signal, plausible and different from head to head; the contribution follows the importance."""
     rng = np.random.default_rng(2000 + probe)
-    between = {
-        name: rng.uniform(0.1, 0.9, importance.shape) for name in ("entropy", "sink_mass", "agreement")
-    }
+    between = {name: rng.uniform(0.1, 0.9, importance.shape) for name in ("sink_mass", "agreement")}
     sizes = {
         name: importance * factor
         for name, factor in {
@@ -73,7 +71,8 @@ def head_signals(probe: int, importance: np.ndarray) -> dict[str, np.ndarray]:
         **sizes,
         "contribution": contribution,
         "contribution_signed": contribution * rng.uniform(-1, 1, importance.shape),
-        "distance": 3 * between["entropy"],
+        "entropy": np.full(importance.shape, 0.5),
+        "distance": np.full(importance.shape, 0.4),
         "similarity": rng.uniform(-0.2, 0.95, importance.shape),
         "sink_token": np.zeros(importance.shape),
         "token_similarity": np.full(importance.shape, 0.4),

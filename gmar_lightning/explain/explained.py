@@ -1,0 +1,105 @@
+"""The number that is explained, read off whatever the model returned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmar_lightning.explain.attention import AttentionCall
+from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.inputs import Goal, logits_of
+from gmar_lightning.targets import described
+
+
+@dataclass(frozen=True, eq=False)
+class Explained:
+    """The explained number of each image.
+
+    Attributes:
+        score: `(batch,)`, attached to the model's graph.
+        logits: `(batch, classes)`; None where a callable says what is explained.
+        targets: `(batch,)` classes; None likewise.
+    """
+
+    score: Tensor
+    logits: Tensor | None = None
+    targets: Tensor | None = None
+
+
+def explained(output: Any, goal: Goal, batch: int) -> Explained:
+    """What is explained of a model's output.
+
+    Args:
+        output: What the model returned for `batch` images.
+        goal: Class indices, a callable `(output) -> (batch,)`, or None for the predicted class.
+        batch: Number of images.
+
+    Raises:
+        UnsupportedModelError: When the output holds no such number; says what was returned.
+        ValueError: For a class that does not exist.
+    """
+    if goal is not None and not isinstance(goal, Tensor):
+        return Explained(_called(goal, output, batch))
+    logits = logits_of(output)
+    targets = logits.argmax(-1) if goal is None else goal.to(logits.device)
+    if targets.max() >= logits.shape[1]:
+        raise ValueError(
+            f"targets name class {int(targets.max())}, but the model has {logits.shape[1]} classes"
+        )
+    return Explained(logits.gather(1, targets[:, None])[:, 0], logits, targets)
+
+
+def _called(target: Any, output: Any, batch: int) -> Tensor:
+    name = _named(target)
+    try:
+        score = target(output)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"the target {name} failed on what the model returned, {described(output)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if isinstance(score, Tensor) and score.shape == (batch, 1):
+        score = score[:, 0]
+    if not isinstance(score, Tensor) or score.shape != (batch,):
+        raise UnsupportedModelError(
+            f"the target {name} returned {described(score)} for {batch} images; expected a tensor of shape "
+            f"({batch},), one number per image. The model returned {described(output)}."
+        )
+    if not score.is_floating_point() or not score.requires_grad:
+        raise UnsupportedModelError(
+            f"the target {name} returned {described(score)} that cannot be differentiated: it is detached, counted, "
+            f"rounded or an index. The model returned {described(output)}."
+        )
+    return score
+
+
+def check_images_apart(score: Tensor, call: AttentionCall, batch: int, target: Any) -> None:
+    """Refuse a number of one image that depends on the other images of the batch.
+
+    Asked of the last attention layer alone: the cost is the backward of what comes after it.
+
+    Args:
+        score: `(batch,)`.
+        call: The last call, arranged by image.
+        batch: Number of images.
+        target: The callable that computed the score, for the message.
+
+    Raises:
+        UnsupportedModelError: When the images are mixed.
+    """
+    if batch == 1 or call.edge is None:
+        return
+    edge: Any = call.edge
+    (grad,) = torch.autograd.grad(score[0], edge, retain_graph=True, allow_unused=True)
+    if grad is not None and (call.arrange(grad).unflatten(0, (batch, -1))[1:] != 0).any():
+        raise UnsupportedModelError(
+            f"the number that {_named(target)} returns for one image depends on the other images of the batch "
+            "(a similarity within the batch, a normalisation over it): row i must depend on image i alone."
+        )
+
+
+def _named(target: Any) -> str:
+    return getattr(target, "__name__", None) or str(target)
