@@ -1,38 +1,47 @@
-"""`python -m gmar_lightning`: `report` tells the story of runs, `explain` draws heatmaps for files."""
+"""What a Vision Transformer looks at and which heads matter: explain files, judge and follow runs, check models.
+
+Exit codes: 0 when all went well; 1 when the answer is no (a finding named by --fail-on, a model that cannot be
+explained, some files that could not); 2 for bad input, with one sentence on the error stream.
+"""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
-from gmar_lightning.show.compare import add_arguments as add_report_arguments
-from gmar_lightning.show.compare import report_command
+# Name, one line of help, and the module whose `add_arguments` and `run` make the command. It is imported only
+# when the command is wanted: some load models, and nobody should wait for that to read a help text.
+COMMANDS = (
+    ("explain", "heatmaps for image files, from a checkpoint", "gmar_lightning.training.explain_files"),
+    (
+        "report",
+        "verdict, comparison and HTML report of runs; --json for programs",
+        "gmar_lightning.show.report_command",
+    ),
+    ("watch", "follow a running job in the terminal", "gmar_lightning.show.watch"),
+    ("workspace", "save a W&B view of a project's GMAR panels", "gmar_lightning.show.workspace_command"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code (2 for bad input)."""
-    parser = argparse.ArgumentParser(prog="python -m gmar_lightning", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    report = commands.add_parser(
-        "report", help="verdict, comparison and HTML report from the records of runs"
-    )
-    add_report_arguments(report)
-    report.set_defaults(run=report_command)
-    # what trains and loads models is imported only for the command that needs it
-    if _wants(argv, "explain"):
-        from gmar_lightning.training.explain_files import add_arguments, explain_files
-
-        explain = commands.add_parser("explain", help="heatmaps for image files from a checkpoint")
-        add_arguments(explain)
-        explain.set_defaults(run=explain_files)
-    else:
-        commands.add_parser("explain", help="heatmaps for image files from a checkpoint")
-    arguments = parser.parse_args(argv)
-    return arguments.run(arguments)
-
-
-def _wants(argv: Sequence[str] | None, command: str) -> bool:
+    """Run a command; returns its exit code."""
     given = sys.argv[1:] if argv is None else argv
-    return bool(given) and given[0] == command
+    parser = argparse.ArgumentParser(
+        prog="gmar", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, words, module_name in COMMANDS:
+        command = commands.add_parser(name, help=words, description=words)
+        if given and given[0] == name:
+            try:
+                module = importlib.import_module(module_name)
+            except ImportError as error:
+                print(f"gmar {name} needs {error.name}: pip install 'gmar-lightning[train]'", file=sys.stderr)
+                return 2
+            module.add_arguments(command)
+            command.set_defaults(execute=module.run)
+    arguments = parser.parse_args(given)
+    return arguments.execute(arguments)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from gmar_lightning.trainer import (
     class_names_of,
     default_folder,
     ends_here,
+    is_alone,
     is_smoke_test,
     log_position,
     logged_metrics,
@@ -299,6 +300,15 @@ class GMARCallback(Callback):
             "probe_seconds": self._probe_seconds,
         }
 
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Find the state of a run that was set up otherwise: another interval, folder or default, the same run."""
+        states = checkpoint.get("callbacks", {})
+        ours = [state for key, state in states.items() if key.startswith(type(self).__qualname__)]
+        if self.state_key not in states and len(ours) == 1 and is_alone(trainer, self):
+            self.load_state_dict(ours[0])
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a run; takes effect when training starts."""
         # Tuners save and restore before the first probe: nothing to continue.
@@ -321,7 +331,7 @@ class GMARCallback(Callback):
                 "segment"
             )
         self._fingerprint = probe.fingerprint
-        self._folder = str(self._folder or self.save_dir or default_folder(trainer, self))
+        self._folder = str(self.save_dir or self._folder or default_folder(trainer, self))
         again = self._prober.probe is not None and not changed
         if trainer.is_global_zero and not again:
             self._history = self._opened(trainer, pl_module, probe, resumed or changed)
@@ -329,7 +339,9 @@ class GMARCallback(Callback):
         if again:
             return
         # Every process tells how far the maps have moved, so all of them need the ones to compare with.
-        ends = of_first_process(None if self._history is None else self._history.ends_of_segment())
+        ends = of_first_process(
+            None if self._history is None else self._history.ends_of_segment(self.rollout)
+        )
         segment, first, last = (0, None, None) if ends is None else ends
         self._prober.begin(probe, segment, DriftTracker(first, last))
 

@@ -55,8 +55,8 @@ class _MeanOverImages(Metric):
     count: Tensor
     skipped: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("skipped", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
@@ -79,8 +79,8 @@ class _MeanOverImages(Metric):
 
 
 class _OfModel(_MeanOverImages):
-    def __init__(self, model: nn.Module, measure: Callable[..., Tensor]) -> None:
-        super().__init__()
+    def __init__(self, model: nn.Module, measure: Callable[..., Tensor], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self._borrowed = _Borrowed(model)
         self._measure = measure
 
@@ -108,6 +108,7 @@ class InsertionAUC(_OfModel):
             hidden from all others).
         mean: Channel means that the images were normalised with; only "black" needs them.
         std: Channel standard deviations, likewise.
+        kwargs: Arguments of `torchmetrics.Metric`, such as `sync_on_compute` and `dist_sync_on_step`.
 
     Raises:
         ValueError: For arguments outside their range.
@@ -123,11 +124,12 @@ class InsertionAUC(_OfModel):
         baseline: Baseline = "blur",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        **kwargs: Any,
     ) -> None:
         faithfulness.check_steps(steps)
         check_baseline(baseline, mean, std)
         measure = partial(faithfulness.insertion, steps=steps, baseline=baseline, mean=mean, std=std)
-        super().__init__(model, measure)
+        super().__init__(model, measure, **kwargs)
 
 
 class DeletionAUC(_OfModel):
@@ -150,11 +152,12 @@ class DeletionAUC(_OfModel):
         baseline: Baseline = "mean",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        **kwargs: Any,
     ) -> None:
         faithfulness.check_steps(steps)
         check_baseline(baseline, mean, std)
         measure = partial(faithfulness.deletion, steps=steps, baseline=baseline, mean=mean, std=std)
-        super().__init__(model, measure)
+        super().__init__(model, measure, **kwargs)
 
 
 class AverageDrop(_OfModel):
@@ -168,6 +171,7 @@ class AverageDrop(_OfModel):
         baseline: What the rest of the image shows: "black", "mean" or "blur".
         mean: Channel means that the images were normalised with; only "black" needs them.
         std: Channel standard deviations, likewise.
+        kwargs: Arguments of `torchmetrics.Metric`, such as `sync_on_compute` and `dist_sync_on_step`.
 
     Raises:
         ValueError: For arguments outside their range.
@@ -182,9 +186,12 @@ class AverageDrop(_OfModel):
         baseline: Baseline = "black",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        **kwargs: Any,
     ) -> None:
         check_baseline(baseline, mean, std, allowed=PIXEL_BASELINES)
-        super().__init__(model, partial(faithfulness.average_drop, baseline=baseline, mean=mean, std=std))
+        super().__init__(
+            model, partial(faithfulness.average_drop, baseline=baseline, mean=mean, std=std), **kwargs
+        )
 
 
 class AverageIncrease(_OfModel):
@@ -206,9 +213,12 @@ class AverageIncrease(_OfModel):
         baseline: Baseline = "black",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        **kwargs: Any,
     ) -> None:
         check_baseline(baseline, mean, std, allowed=PIXEL_BASELINES)
-        super().__init__(model, partial(faithfulness.average_increase, baseline=baseline, mean=mean, std=std))
+        super().__init__(
+            model, partial(faithfulness.average_increase, baseline=baseline, mean=mean, std=std), **kwargs
+        )
 
 
 class SaCo(_OfModel):
@@ -222,6 +232,7 @@ class SaCo(_OfModel):
         baseline: What a removed cell shows: "black", "mean", "blur" or "attention".
         mean: Channel means that the images were normalised with; only "black" needs them.
         std: Channel standard deviations, likewise.
+        kwargs: Arguments of `torchmetrics.Metric`, such as `sync_on_compute` and `dist_sync_on_step`.
 
     Raises:
         ValueError: For arguments outside their range.
@@ -237,12 +248,13 @@ class SaCo(_OfModel):
         baseline: Baseline = "mean",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        **kwargs: Any,
     ) -> None:
         if groups < 2:
             raise ValueError(f"groups must be at least 2, got {groups}")
         check_baseline(baseline, mean, std)
         measure = partial(faithfulness.saco, groups=groups, baseline=baseline, mean=mean, std=std)
-        super().__init__(model, measure)
+        super().__init__(model, measure, **kwargs)
 
 
 class PointingGame(_MeanOverImages):
@@ -281,6 +293,7 @@ class HeadImportance(Metric):
     Args:
         layers: Number of attention layers.
         heads: Number of heads of the widest layer.
+        kwargs: Arguments of `torchmetrics.Metric`.
 
     Raises:
         ValueError: When either is below 1.
@@ -290,8 +303,8 @@ class HeadImportance(Metric):
     full_state_update = False
     moments: Tensor
 
-    def __init__(self, layers: int, heads: int) -> None:
-        super().__init__()
+    def __init__(self, layers: int, heads: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         if layers < 1 or heads < 1:
             raise ValueError(f"layers and heads must be at least 1, got {layers} and {heads}")
         self.add_state("moments", torch.zeros(3, layers, heads), dist_reduce_fx=_merged)

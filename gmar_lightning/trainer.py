@@ -138,9 +138,7 @@ def _first_of(loaders: Any) -> Any:
 
 def default_folder(trainer: Trainer, callback: Callback) -> Path:
     """`<log dir>/gmar`, beside the checkpoints; `gmar_2` for a second callback of the same kind."""
-    # Lightning sets this attribute in its callback connector, where type checkers do not see it.
-    callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009
-    alike = [other for other in callbacks if type(other) is type(callback)]
+    alike = _alike(trainer, callback)
     name = "gmar" if alike[0] is callback else f"gmar_{alike.index(callback) + 1}"
     if not trainer.loggers:
         return Path(trainer.default_root_dir) / name
@@ -149,6 +147,17 @@ def default_folder(trainer: Trainer, callback: Callback) -> Path:
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     folder = Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version, name)
     return Path(trainer.strategy.broadcast(str(folder)))
+
+
+def is_alone(trainer: Trainer, callback: Callback) -> bool:
+    """Whether there is no second callback of this kind."""
+    return len(_alike(trainer, callback)) == 1
+
+
+def _alike(trainer: Trainer, callback: Callback) -> list[Callback]:
+    # Lightning sets this attribute in its callback connector, where type checkers do not see it.
+    callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009
+    return [other for other in callbacks if type(other) is type(callback)]
 
 
 def callable_model(trainer: Trainer, pl_module: LightningModule) -> nn.Module:

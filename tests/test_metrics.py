@@ -261,3 +261,23 @@ def test_two_processes_agree_with_one(tmp_path, batch):
         assert nn.functional.l1_loss(torch.stack(found), torch.stack(expected)) < 1e-6
         torch.testing.assert_close(heads["mean"], importance.mean(0))
         torch.testing.assert_close(heads["std"], importance.std(0))
+
+
+MODEL_METRICS = (InsertionAUC, DeletionAUC, AverageDrop, AverageIncrease, SaCo)
+
+
+@pytest.mark.parametrize("kind", [*MODEL_METRICS, PointingGame, EnergyInMask, HeadImportance])
+def test_torchmetrics_own_arguments_reach_it(kind):
+    own = {
+        "sync_on_compute": False,
+        "dist_sync_on_step": True,
+        "compute_on_cpu": True,
+        "compute_with_cache": False,
+    }
+    arguments = (
+        (torch.nn.Linear(2, 2),) if kind in MODEL_METRICS else (2, 3) if kind is HeadImportance else ()
+    )
+    metric = kind(*arguments, **own)
+    assert {name: getattr(metric, name) for name in own} == own
+    with pytest.raises(ValueError, match="nonsense"):
+        kind(*arguments, nonsense=1)

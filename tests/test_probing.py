@@ -15,10 +15,11 @@ from gmar_lightning.explain.isolation import kept
 from gmar_lightning.metrics import HeadImportance
 from gmar_lightning.monitor.collapse import CollapseDetector
 from gmar_lightning.monitor.explanation import explain_together
+from gmar_lightning.monitor.packing import SIGNALS
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.probing import Moment, Prober
 from gmar_lightning.monitor.processes import ProbeError, on_every_process
-from gmar_lightning.monitor.record import SIGNALS, ProbeRecord, shares_of
+from gmar_lightning.monitor.record import ProbeRecord, shares_of
 from gmar_lightning.monitor.settings import ProbeSettings
 from tests.helpers.tiny import images_of, vit
 

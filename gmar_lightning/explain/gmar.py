@@ -22,6 +22,7 @@ from gmar_lightning.explain.inputs import (
 from gmar_lightning.explain.isolation import undisturbed
 from gmar_lightning.explain.lifted import with_gradients_lifted
 from gmar_lightning.explain.measure import Measured, measure
+from gmar_lightning.explain.notebook import result_page
 from gmar_lightning.explain.rollout import Rollout, forms_of, to_grid
 from gmar_lightning.explain.sweep import Form, HeadMaps
 from gmar_lightning.explain.tokens import TokenLayout
@@ -67,6 +68,16 @@ class GMARResult:
     head_maps: Tensor | None = None
     signals: Mapping[str, Tensor] = field(default_factory=dict)
     scope: str = "whole"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the maps, the classes explained, and the heads."""
+        targets = [None] * len(self.score) if self.targets is None else self.targets.tolist()
+        captions = [
+            f"#{index}" + ("" if target is None else f" class {target}") + f", score {score:.3g}"
+            for index, (target, score) in enumerate(zip(targets, self.score.tolist(), strict=True))
+        ]
+        maps = None if self.heatmaps is None else self.heatmaps.float().cpu().numpy()
+        return result_page(maps, self.head_weights.float().cpu().numpy(), captions)
 
 
 def gmar(

@@ -15,7 +15,7 @@ from gmar_lightning.explain.explained import Explained, check_images_apart, expl
 from gmar_lightning.explain.folding import check_over_tokens, fold_numbers, folded, is_plain
 from gmar_lightning.explain.inputs import Goal, batch_size, forward, image_key, padding_of
 from gmar_lightning.explain.mixing import check_apart
-from gmar_lightning.explain.readout import check_rows_apart, readout
+from gmar_lightning.explain.readout import check_rows_apart, readout, without_masked
 from gmar_lightning.explain.refusals import check_plain_attention, check_reached, check_visible
 from gmar_lightning.explain.stages import last_stage, stage_layout
 from gmar_lightning.explain.sweep import Form, LayerNumbers, Sweep, visit
@@ -88,6 +88,9 @@ def measure(classifier: nn.Module, inputs: dict[str, Any], goal: Goal, form: For
                     raise
                 picture, scope = None, f"none: {error}"
     if picture is not None and scope == "whole":
+        if not found.calls[-1].is_pool:
+            start = without_masked(picture.start, _last_depth(found.calls, grads)[1])
+            picture = replace(picture, start=start)
         check_apart(classifier, inputs, found, picture.start, picture.padding, goal)
     return _numbers(found, grads, picture, seen, form, scope, batch)
 

@@ -28,16 +28,11 @@ def readout(found: Recording, score: Tensor, image: Tensor | None) -> Tensor:
     last = found.calls[-1]
     if last.is_pool:
         return last.q.new_ones(len(last.q), 1)
-    block = _first_tokens(found, score, image, read)
-    grad, alive = _token_grad(score, read, last), _token_grad(score, block, last)
+    grad = _token_grad(score, read, last)
     finite = grad.isfinite().flatten(1).all(-1)
     if (grad.flatten(1).abs().amax(-1).eq(0) & finite).any():
         grad = torch.where(finite[:, None, None], _grad_before_head(found, image), torch.nan)
-        alive = grad
     rows = readout_rows(grad.masked_fill(~finite[:, None, None], 1.0))
-    # A mask that was multiplied in leaves the gradient behind it equal; in front of it, masked tokens have none.
-    rows = rows * alive.masked_fill(~finite[:, None, None], 1.0).ne(0).any(-1)
-    rows = rows / rows.sum(-1, keepdim=True)
     if ((rows > 0).sum(-1) > 1).any():
         _check_weights(found, score, image)
     if (rows > 0).float().mean() > 0.5:
@@ -45,13 +40,23 @@ def readout(found: Recording, score: Tensor, image: Tensor | None) -> Tensor:
     return rows.masked_fill(~finite[:, None], torch.nan)
 
 
-def _first_tokens(found: Recording, score: Tensor, image: Tensor | None, read: Tensor) -> Tensor:
-    """The first tokens after the last attention through which all of the score passes."""
-    sources = _sources(found, image)
-    for tokens in found.trace.tokens.leaving:
-        if tokens is read or _passes_all(score, tokens, sources):
-            return tokens
-    return read
+def without_masked(start: Tensor, grads: Sequence[Tensor]) -> Tensor:
+    """The readout row without tokens that a mask hides from the pool.
+
+    A mask that was multiplied in leaves the gradient behind it equal for all tokens; in front of it, where the last
+    attention ended, masked tokens have none.
+
+    Args:
+        start: The readout row, `(batch, tokens)`.
+        grads: Gradients of the logit at the outputs of the last depth, `(batch, heads, tokens, value_dim)`.
+
+    Returns:
+        The row, summing to 1; as it was where nothing has a gradient.
+    """
+    alive = torch.stack([grad.ne(0).any(-1).any(1) for grad in grads]).any(0)
+    kept = start * alive
+    total = kept.sum(-1, keepdim=True)
+    return torch.where(total != 0, kept / total, start)
 
 
 def _check_weights(found: Recording, score: Tensor, image: Tensor | None) -> None:

@@ -83,7 +83,7 @@ RULES = (
         near=_UNIFORM,
         kept=0.005,
         beside=0.02,
-        had=2e-3,
+        had=5e-5,
         what="attends to everything alike: its entropy went from {before:.4f} to {now:.5f} (1 is uniform)",
         advice="it averages the tokens and chooses none; look for queries or keys driven to zero (weight decay "
         "on them, a frozen or reset projection)",
@@ -128,6 +128,8 @@ RULES = (
         had=0.0,
         what="became a copy of another head of its layer: cosine of the two went from {before:.2f} to {now:.4f}",
         advice="one of the two is redundant and can be pruned, or set anew to be of use",
+        # heads that are given the same tokens return the same
+        unless=(("token difference", 0.2),),
     ),
     Rule(
         "rank_collapse",

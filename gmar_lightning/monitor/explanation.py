@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from gmar_lightning.explain.gmar import GMARResult, gmar
 from gmar_lightning.explain.inputs import Goal
 from gmar_lightning.explain.rollout import Rollout
+from gmar_lightning.monitor.packing import signal_of
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.processes import ProbeError, joined, on_every_process, rows_of_process
-from gmar_lightning.monitor.record import SIGNALS, Signal
 from gmar_lightning.monitor.settings import ProbeSettings, Target
 
 
@@ -50,12 +50,12 @@ class Explanation:
     out_of_memory: bool = False
 
     def signals(self) -> dict[str, np.ndarray]:
-        """Name to table `(layers, heads)`, each image's values combined as `record.SIGNALS` says."""
+        """Name to table `(layers, heads)`, each image's values combined as `packing.SIGNALS` says."""
         per_image = {"importance": self.importance, **self.others}
         if "contribution" in per_image:
             per_image["contribution_signed"] = per_image["contribution"]
         return {
-            name: _over_images(values.astype(np.float64), SIGNALS.get(name, Signal("unknown")).over_images)
+            name: _over_images(values.astype(np.float64), signal_of(name).over_images)
             for name, values in per_image.items()
         }
 

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from gmar_lightning.monitor.disk import append_line, read_lines, write_atomically, write_jpegs
+from gmar_lightning.monitor.history_page import history_page
 from gmar_lightning.monitor.mapfiles import HEAD_MAP_BYTES, MapFiles
-from gmar_lightning.monitor.record import FORMAT, SIGNALS, ProbeRecord, finite_only, head_counts
+from gmar_lightning.monitor.packing import SIGNALS
+from gmar_lightning.monitor.record import FORMAT, ProbeRecord, finite_only, head_counts
 from gmar_lightning.monitor.tables import GrowingArray
 
 _RECORD_PARTS = ("run.json", "history.jsonl", "inputs", "maps", "head_maps", "heatmaps", "report.html")
@@ -200,13 +202,12 @@ class History:
             )
             write_atomically(self.dir / "run.json", text.encode())
 
-    def ends_of_segment(self) -> tuple[int, np.ndarray | None, np.ndarray | None]:
-        """The present segment, and the maps of its first and of its last probe, for those that go on with it."""
+    def ends_of_segment(self, form: str) -> tuple[int, np.ndarray | None, np.ndarray | None]:
+        """The present segment, and its first and last maps of a form, for those that go on with it."""
         mapped = [record for record in self.records if record.segment == self.segment and record.stored_maps]
         if not mapped:
             return self.segment, None, None
-        first, last = (next(iter(self.maps_of(mapped[end]).values()), None) for end in (0, -1))
-        return self.segment, first, last
+        return self.segment, self.maps_of(mapped[0]).get(form), self.maps_of(mapped[-1]).get(form)
 
     def save_inputs(self, images: Sequence[np.ndarray], segment: int | None = None) -> list[Path]:
         """Write the clean photographs, each uint8 `(height, width, 3)`; returns their paths."""
@@ -248,7 +249,7 @@ class History:
         return {**self.run, **changes}
 
     def values(self, name: str, step: int | None = None) -> np.ndarray:
-        """A signal per head: one of `record.SIGNALS`, or `"shares"`.
+        """A signal per head: one of `packing.SIGNALS`, or `"shares"`.
 
         A history that is being written keeps importance and contribution in memory; `load` has them all.
 
@@ -339,6 +340,10 @@ class History:
         except ImportError as error:
             raise ImportError("History.to_pandas needs pandas: pip install pandas") from error
         return pandas.DataFrame(list(self.rows()))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the last pictures, and every head over the probes."""
+        return history_page(self)
 
     def table(self, record: ProbeRecord, name: str) -> np.ndarray:
         """A record's signal `name` as `(layers, heads)` of this run, NaN where there is none."""

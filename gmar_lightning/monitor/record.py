@@ -7,12 +7,12 @@ A line is one JSON object. `from_json` reads format 2, described here, and forma
 | `step`, `global_step`, `epoch` | the logger's x, optimizer steps taken, epoch |
 | `seconds` | what the probe took |
 | `segment` | number of the set of probe images, see `segments` in `run.json` |
-| `importance`, `contribution` | `(layers, heads)` as nested lists, 4 significant digits, null where not finite |
-| `packed` | every other signal: name to `[exponent, shape, text]`, see `SIGNALS` and `_packed` |
+| `importance` | `(layers, heads)` as nested lists, 4 significant digits, null where not finite |
+| `shape`, `packed` | `[layers, heads]`; every other signal in base64, see `SIGNALS` and `monitor.packing` |
 | `targets`, `predictions` | class explained and class predicted, per probe image |
 | `probabilities`, `scores` | probability of the prediction and explained scalar, per image, 4 significant digits |
 | `events`, `flagged` | what the detector reported, as `HeadEvent`; `[layer, head]` of every head flagged now |
-| `drift` | null, or name to one value per image, 3 digits, see `DriftTracker` |
+| `drift` | null, or name to one value per image, packed alike, see `DriftTracker` |
 | `metrics` | what the trainer had logged last |
 | `faithfulness` | null when switched off, or name to number, null where it was not due |
 | `verification` | null, or what the callback's test of itself found |
@@ -24,67 +24,23 @@ Shares are not stored: they follow from importance, see `ProbeRecord.shares`.
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from gmar_lightning.explain.importance import head_shares
 from gmar_lightning.monitor.events import HeadEvent
+from gmar_lightning.monitor.packing import SIGNALS, packed, unpacked
 
 FORMAT = 2
 
-# How many significant digits `importance` and `contribution`, probabilities and scores keep.
+# How many significant digits `importance`, probabilities and scores keep.
 _DIGITS = 4
-# In a table of whole numbers: no such head.
-_NO_INDEX = 65535
-# Half precision holds numbers below 2 to this.
-_LARGEST_HALF = 15
-
-
-@dataclass(frozen=True)
-class Signal:
-    """What one signal per head is.
-
-    Attributes:
-        unit: Of its values.
-        over_images: How the values of the probe images become one.
-        stored: "digits" (JSON numbers of 4 significant digits), "half" (packed IEEE half precision: 11 bits,
-            3 significant digits), or "index" (packed 16-bit whole numbers, exact).
-        per_layer: All heads of a layer have the same value, which is stored once.
-    """
-
-    unit: str
-    over_images: Literal["mean", "mean of absolutes", "max", "most frequent"] = "mean"
-    stored: Literal["digits", "half", "index"] = "half"
-    per_layer: bool = False
-
-
-# 2 x 8 bytes for the first two, 2.7 bytes for each of the others: below 60 bytes per head and probe.
-SIGNALS: Mapping[str, Signal] = {
-    "importance": Signal("norm of d score / d map", stored="digits"),
-    "contribution": Signal("score, without sign", "mean of absolutes", "digits"),
-    "contribution_signed": Signal("score"),
-    "entropy": Signal("1 = uniform attention, 0 = one token"),
-    "distance": Signal("patches"),
-    "output_norm": Signal("norm of the head's output"),
-    "value_norm": Signal("norm of the head's values"),
-    "gradient_norm": Signal("norm of d score / d output"),
-    "logit_max": Signal("largest logit before the softmax", "max"),
-    "sink_mass": Signal("0 to 1, attention to the most attended key"),
-    "sink_token": Signal("index of that key", "most frequent", "index"),
-    "sink_value_norm": Signal("its value norm over the mean of the others"),
-    "output_rank": Signal("effective rank of the head's output"),
-    "similarity": Signal("cosine to the nearest other head of the layer"),
-    "value_similarity": Signal("mean cosine between the values of two tokens"),
-    "token_similarity": Signal("mean cosine of the tokens entering the layer", per_layer=True),
-}
-_OTHER = Signal("unknown")  # a signal that a newer version recorded
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +56,7 @@ class ProbeRecord:
         epoch: Current epoch.
         seconds: What the probe took.
         segment: Number of the set of probe images; maps of two segments are not comparable.
-        signals: Name to table, see `SIGNALS`; empty when the probe failed.
+        signals: Name to table, see `packing.SIGNALS`; empty when the probe failed.
         targets: Explained class of each probe image.
         predictions: Predicted class of each probe image.
         probabilities: Probability of that class.
@@ -170,21 +126,19 @@ class ProbeRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The line of `history.jsonl` as plain values; the module's docstring says what they are."""
-        plain = {name: _rows(self.signals[name]) for name in _DIGIT_SIGNALS if name in self.signals}
-        packed = {
-            name: _packed(table, SIGNALS.get(name, _OTHER))
-            for name, table in self.signals.items()
-            if name not in _DIGIT_SIGNALS
-        }
-        drift = self.drift and {name: _rounded(values, 3) for name, values in self.drift.items()}
+        others = {name: table for name, table in self.signals.items() if name != "importance"}
+        tables: dict[str, Any] = {} if self.importance is None else {"importance": _rows(self.importance)}
+        if others:
+            tables["shape"] = list(next(iter(others.values())).shape)
+            tables["packed"] = {name: packed(name, table) for name, table in others.items()}
+        drift = self.drift and {name: packed(name, values[None]) for name, values in self.drift.items()}
         return {
             "step": self.step,
             "global_step": self.global_step,
             "epoch": self.epoch,
             "seconds": _digits(self.seconds),
             "segment": self.segment,
-            **plain,
-            "packed": packed,
+            **tables,
             "targets": list(self.targets),
             "predictions": list(self.predictions),
             "probabilities": [_digits(value) for value in self.probabilities],
@@ -212,16 +166,10 @@ class ProbeRecord:
             KeyError: `step` or `global_step` is missing.
             ValueError: An entry is not what it should be; TypeError likewise.
         """
-        signals = {
-            # Format 1 holds every signal as nested lists; `shares` among them follow from importance.
-            **{name: _table(line[name], heads) for name in SIGNALS if line.get(name)},
-            **{name: _unpacked(*kept) for name, kept in (line.get("packed") or {}).items()},
-        }
-        for name, table in signals.items():
-            if name != "importance" and "importance" in signals:
-                # A value per layer counts for each of its heads.
-                known = np.isfinite(signals["importance"])
-                signals[name] = np.where(known | (table.shape == known.shape), table, np.nan)
+        # Format 1 holds every signal as nested lists; `shares` among them follow from importance.
+        signals = {name: _table(line[name], heads) for name in SIGNALS if line.get(name)}
+        for name, (kind, parameter, text) in (line.get("packed") or {}).items():
+            signals[name] = unpacked(kind, parameter, text, line["shape"])
         drift, faithfulness = line.get("drift"), line.get("faithfulness")
         return cls(
             step=int(line["step"]),
@@ -236,7 +184,7 @@ class ProbeRecord:
             scores=tuple(map(_number, line.get("scores") or ())),
             events=tuple(_event(event) for event in line.get("events") or ()),
             flagged=tuple((int(layer), int(head)) for layer, head in line.get("flagged") or ()),
-            drift=drift and {name: np.array(values, dtype=np.float64) for name, values in drift.items()},
+            drift=drift and {name: _per_image(values) for name, values in drift.items()},
             metrics={name: _number(value) for name, value in (line.get("metrics") or {}).items()},
             faithfulness=None if faithfulness is None else _faithfulness(faithfulness),
             verification=line.get("verification"),
@@ -244,9 +192,6 @@ class ProbeRecord:
             stored_maps=line.get("maps"),
             stored_head_maps=line.get("head_maps"),
         )
-
-
-_DIGIT_SIGNALS = tuple(name for name, signal in SIGNALS.items() if signal.stored == "digits")
 
 
 def shares_of(importance: np.ndarray) -> np.ndarray:
@@ -290,37 +235,6 @@ def finite_only(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _packed(table: np.ndarray, signal: Signal) -> list[Any]:
-    """A table as `[exponent, shape, text]`: base64 of little-endian 16-bit values, layer by layer.
-
-    Half precision ends at 6e-8 and 65504, so the values are divided by 2 to the exponent, which brings the
-    largest to that end and leaves nine decades below it. Whole numbers have no exponent (null) and are
-    unsigned; 65535 stands for no such head. A signal per layer has shape `(layers, 1)`.
-    """
-    table = np.asarray(table, dtype=np.float64)
-    if signal.per_layer:
-        table = table[:, :1]
-    known = np.isfinite(table)
-    if signal.stored == "index":
-        exponent = None
-        raw = np.where(known, np.clip(table, 0, _NO_INDEX - 1), _NO_INDEX).round().astype("<u2")
-    else:
-        peak = np.abs(np.where(known, table, 0.0)).max(initial=0.0)
-        exponent = math.frexp(peak)[1] - _LARGEST_HALF
-        raw = np.where(known, np.ldexp(np.where(known, table, 0.0), -exponent), np.nan).astype("<f2")
-    return [exponent, list(table.shape), base64.b64encode(raw.tobytes()).decode("ascii")]
-
-
-def _unpacked(exponent: int | None, shape: Sequence[int], text: str) -> np.ndarray:
-    raw = base64.b64decode(text)
-    if exponent is None:
-        table = np.frombuffer(raw, "<u2").astype(np.float32)
-        table[table == _NO_INDEX] = np.nan
-    else:
-        table = np.ldexp(np.frombuffer(raw, "<f2").astype(np.float32), exponent)
-    return table.reshape(shape)
-
-
 def _rows(table: np.ndarray) -> list[list[float | None]]:
     table = np.asarray(table, dtype=np.float64)
     return [[_digits(value) for value in row] for row in table.tolist()]
@@ -338,8 +252,11 @@ def _digits(value: float) -> float | None:
     return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
 
 
-def _rounded(values: np.ndarray, digits: int) -> list[float | None]:
-    return [round(value, digits) if math.isfinite(value) else None for value in np.asarray(values).tolist()]
+def _per_image(values: Sequence[Any]) -> np.ndarray:
+    # Plain numbers and nulls in format 1; since then, packed as a table of one row is.
+    if values and isinstance(values[0], str):
+        return unpacked(*values)
+    return np.array(values, dtype=np.float64)
 
 
 def _number(value: float | None) -> float:

@@ -1,9 +1,6 @@
-"""Runs side by side for the terminal, and the command `report`."""
+"""Runs side by side, as text for the terminal."""
 
-import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -13,47 +10,8 @@ from gmar_lightning.show.evidence import evidence_lines
 from gmar_lightning.show.grids import short_names
 from gmar_lightning.show.metric_names import accuracy_name, loss_name
 from gmar_lightning.show.ranking import mean_contribution, prune_order
-from gmar_lightning.show.report import run_names, write_report
-from gmar_lightning.show.verdict import FINDINGS, collapses, drift_from_first, ends, judge
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `python -m gmar_lightning report`."""
-    parser.add_argument(
-        "dirs", nargs="+", type=Path, metavar="DIR", help="folder of a record, or of a run with a gmar folder"
-    )
-    parser.add_argument("-o", "--out", type=Path, help="the file; default: report.html in the first folder")
-    parser.add_argument(
-        "--fail-on",
-        action="append",
-        default=[],
-        choices=FINDINGS,
-        metavar="KIND",
-        help=f"exit with 1 if a run has this finding (repeatable): {', '.join(FINDINGS)}",
-    )
-
-
-def report_command(arguments: argparse.Namespace) -> int:
-    """Print the verdicts and the comparison, and write the report.
-
-    Args:
-        arguments: as parsed with `add_arguments`.
-
-    Returns:
-        Exit code: 0, or 1 when a run has a finding named by `--fail-on`, or 2 when a folder holds no
-        usable record or the report cannot be written.
-    """
-    folders = [_record_folder(folder) for folder in arguments.dirs]
-    try:
-        histories = [History.load(folder) for folder in folders]
-        path = write_report(folders, arguments.out)
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(compare(histories, run_names(folders)))
-    print(f"\nReport: {path}")
-    failed = any(judge(history).has(kind) for history in histories for kind in arguments.fail_on)
-    return 1 if failed else 0
+from gmar_lightning.show.report import run_names
+from gmar_lightning.show.verdict import collapses, drift_from_first, ends, judge
 
 
 def compare(histories: Sequence[History], names: Sequence[str] | None = None) -> str:
@@ -98,11 +56,6 @@ def layer_change(history: History) -> np.ndarray:
     """Raw importance of each layer at the last probe, as a multiple of that at the first, `(layers,)`."""
     first, last = (np.nansum(history.table(record, "importance"), axis=1) for record in ends(history))
     return np.divide(last, first, out=np.full_like(last, np.nan), where=first > 0)
-
-
-def _record_folder(folder: Path) -> Path:
-    inner = folder / "gmar"
-    return inner if not (folder / "run.json").exists() and (inner / "run.json").exists() else folder
 
 
 def _verdict_lines(history: History, name: str) -> list[str]:

@@ -196,6 +196,27 @@ def summary(history: History) -> Mapping[str, Any]:
     if shares is not None and np.isfinite(shares).any():
         layer, head = np.unravel_index(np.nanargmin(shares), shares.shape)
         numbers[keys.WORST_HEAD] = f"{history.layers[layer]} head {head}"
+        numbers[keys.WORST_SHARE] = float(np.nanmin(relative_shares(shares)))
+    numbers.update(_last_measured(good))
+    return numbers
+
+
+def _last_measured(good: Sequence[ProbeRecord]) -> dict[str, float]:
+    """How far the maps moved from those of the untrained or pretrained model, and how good they are."""
+    numbers = {}
+    # The first probe is the model as it came only when no optimizer step was taken before it.
+    if (
+        good
+        and good[0].global_step == 0
+        and math.isfinite(drift := _drift(good[-1], "rank_correlation_first"))
+    ):
+        numbers[keys.DRIFT_FROM_PRETRAINED] = drift
+    wanted = {keys.FAITHFULNESS: "insertion_minus_deletion", keys.CLASS_SENSITIVITY: "class_sensitivity"}
+    for key, name in wanted.items():
+        values = [(record.faithfulness or {}).get(name, math.nan) for record in good]
+        measured = [value for value in values if math.isfinite(value)]
+        if measured:
+            numbers[key] = measured[-1]
     return numbers
 
 

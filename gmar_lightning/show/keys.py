@@ -52,6 +52,8 @@ CLASS_SENSITIVITY, RANDOMISATION = "gmar/class_sensitivity", "gmar/randomisation
 HEAD_CONTRIBUTION, CONTRIBUTION_EVOLUTION = "gmar/head_contribution", "gmar/head_contribution_evolution"
 COLLAPSED_FINAL, COLLAPSED_EVER = "gmar/collapsed_final", "gmar/collapsed_ever"
 FIRST_COLLAPSE, WORST_HEAD = "gmar/first_collapse_step", "gmar/worst_head"
+WORST_SHARE, DRIFT_FROM_PRETRAINED = "gmar/worst_head_share", "gmar/drift_from_pretrained"
+FAITHFULNESS = "gmar/faithfulness"
 
 # `{layer}` and `{head}` stand for two digits.
 LAYER_EFFECTIVE_HEADS = "gmar_layers/effective_heads_L{layer:02d}"
@@ -103,6 +105,11 @@ KEYS: Mapping[str, Key] = {
     COLLAPSED_EVER: Key("heads flagged at any time", "summary"),
     FIRST_COLLAPSE: Key("step of the first flag", "summary"),
     WORST_HEAD: Key("the head with the smallest share at the end", "summary"),
+    WORST_SHARE: Key("its share; 1 is fair", "summary"),
+    DRIFT_FROM_PRETRAINED: Key(
+        "1 - rank correlation of the last maps with those before the first optimizer step", "summary"
+    ),
+    FAITHFULNESS: Key("insertion - deletion of the maps when it was last measured", "summary"),
 }
 
 

@@ -16,7 +16,7 @@ is a shortcut. **Heatmap drift** near 0 means that the explanations have settled
 
 
 def create(entity: str, project: str, name: str = "GMAR") -> str:
-    """Save a view of the project with one section of GMAR panels; needs a W&B login.
+    """Save a view of the project with sections of GMAR panels in reading order; needs a W&B login.
 
     Each call makes a new view, so call it once per project.
 
@@ -48,31 +48,59 @@ def layout(entity: str, project: str, name: str = "GMAR") -> Any:
         raise ImportError(
             "the workspace view needs wandb-workspaces: pip install gmar-lightning[workspace]"
         ) from error
-    wide = Layout(w=24, h=10)
-    section = ws.Section(
-        name="GMAR",
-        is_open=True,
-        panels=[
-            wr.ScalarChart(title="collapsed heads now", metric=keys.COLLAPSED),
-            wr.LinePlot(title="collapsed heads", y=[keys.COLLAPSED, keys.NEWLY_COLLAPSED]),
-            wr.LinePlot(title="effective heads", y=[keys.EFFECTIVE_HEADS, keys.IMPORTANCE_MIN]),
-            wr.LinePlot(title="heatmap drift", y=[keys.DRIFT, keys.DRIFT_FROM_FIRST]),
-            wr.MediaBrowser(title="head evolution", media_keys=[keys.HEAD_EVOLUTION], layout=wide),
-            wr.MediaBrowser(title="head importance", media_keys=[keys.HEAD_IMPORTANCE]),
-            wr.MediaBrowser(
-                title="heatmaps",
-                media_keys=[keys.HEATMAPS],
-                mode="grid",
-                grid_x_axis="step",
-                grid_y_axis="index",
-                layout=wide,
-            ),
-            wr.LinePlot(
-                title="effective heads per layer", metric_regex=keys.any_layer(keys.LAYER_EFFECTIVE_HEADS)
-            ),
-            wr.LinePlot(title="every head", metric_regex=keys.any_layer(keys.HEAD_SHARE), max_runs_to_show=1),
-            wr.MarkdownPanel(markdown=_HOW_TO_READ),
-        ],
-    )
+
+    def browser(title: str, key: str, **settings: Any) -> Any:
+        return wr.MediaBrowser(title=title, media_keys=[key], layout=Layout(w=24, h=10), **settings)
+
+    # In the order in which a run is read: is anything wrong, what does it look at, which heads, then the rest.
+    sections = [
+        ws.Section(
+            name="GMAR 1: is anything wrong?",
+            is_open=True,
+            panels=[
+                wr.MarkdownPanel(markdown=_HOW_TO_READ),
+                wr.ScalarChart(title="collapsed heads now", metric=keys.COLLAPSED),
+                wr.LinePlot(title="collapsed heads", y=[keys.COLLAPSED, keys.NEWLY_COLLAPSED]),
+                wr.LinePlot(title="effective heads", y=[keys.EFFECTIVE_HEADS, keys.IMPORTANCE_MIN]),
+                wr.LinePlot(title="heatmap drift", y=[keys.DRIFT, keys.DRIFT_FROM_FIRST]),
+                wr.WeavePanelSummaryTable(table_name=keys.EVENTS),
+            ],
+        ),
+        ws.Section(
+            name="GMAR 2: what does it look at?",
+            is_open=True,
+            panels=[
+                browser(
+                    "heatmaps over steps", keys.HEATMAPS, mode="grid", grid_x_axis="step", grid_y_axis="index"
+                ),
+                # Rows are images, columns are runs: the same probe images side by side.
+                browser(
+                    "runs side by side", keys.HEATMAPS, mode="grid", grid_x_axis="run", grid_y_axis="index"
+                ),
+                browser("the photographs", keys.INPUTS),
+                wr.WeavePanelSummaryTable(table_name=keys.IMAGES),
+            ],
+        ),
+        ws.Section(
+            name="GMAR 3: which heads?",
+            panels=[
+                browser("head evolution", keys.HEAD_EVOLUTION),
+                browser("head importance", keys.HEAD_IMPORTANCE),
+                browser(
+                    "head importance, runs side by side", keys.HEAD_IMPORTANCE, mode="grid", grid_x_axis="run"
+                ),
+                wr.LinePlot(
+                    title="effective heads per layer", metric_regex=keys.any_layer(keys.LAYER_EFFECTIVE_HEADS)
+                ),
+                wr.LinePlot(
+                    title="every head", metric_regex=keys.any_layer(keys.HEAD_SHARE), max_runs_to_show=1
+                ),
+            ],
+        ),
+        ws.Section(
+            name="GMAR 4: report and tables",
+            panels=[wr.WeavePanelSummaryTable(table_name=keys.HEAD_TABLE)],
+        ),
+    ]
     settings = ws.WorkspaceSettings(x_axis=keys.STEP)
-    return ws.Workspace(entity=entity, project=project, name=name, sections=[section], settings=settings)
+    return ws.Workspace(entity=entity, project=project, name=name, sections=sections, settings=settings)

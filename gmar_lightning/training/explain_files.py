@@ -20,11 +20,12 @@ from gmar_lightning.explain.rollout import Rollout
 from gmar_lightning.show.grids import contribution_grid, importance_grid
 from gmar_lightning.show.head_pictures import all_heads_sheet
 from gmar_lightning.show.render import contact_sheet, enlarged, on_one_sheet, overlay
+from gmar_lightning.show.terminal import progress
 from gmar_lightning.training.model import Classifier
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `python -m gmar_lightning explain`."""
+    """The arguments of `gmar explain`."""
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint that train.py wrote")
     parser.add_argument("--out", type=Path, default=Path("heatmaps"), help="folder for the pictures")
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def explain_files(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Explain each file, write `<name>_gmar.jpg`, and say what was predicted.
 
     Args:
@@ -57,7 +58,7 @@ def explain_files(arguments: argparse.Namespace) -> int:
         return 2
     arguments.out.mkdir(parents=True, exist_ok=True)
     paths, done = _distinct_names(arguments.images), 0
-    for path, name in paths:
+    for path, name in progress(paths, len(paths), "explaining"):
         try:
             photograph = _read(path, model.image_size)
         except (OSError, SyntaxError, ValueError) as error:

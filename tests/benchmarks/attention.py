@@ -20,7 +20,7 @@ from gmar_lightning.monitor.events import HeadEvent
 from tests.benchmarks.attention_runs import ATTENTION, CAUSES, LOOKALIKES, Series, run
 from tests.benchmarks.collapse_runs import digits
 
-TUNE, REPORT, PROBES = (1, 2, 3), (7, 8, 10), 40
+TUNE, REPORT, PROBES = (1, 2, 3, 7, 8, 10), (13, 14, 16, 18, 19, 20), 40
 EVENTS = {
     "one token": {"entropy_collapse"},
     "uniform": {"uniform_attention"},

@@ -103,7 +103,9 @@ def _tampered(qkv: Tensor, what: Plant, width: int, heads: int) -> Tensor:
             for x in (q, k, v)
         )
     if what.kind == "constant":
-        v = torch.where(keep[:, None], torch.lerp(v, v.mean(1, keepdim=True).expand_as(v), level), v)
+        # one vector for every token, of the size that values have; a mean over tokens would mix them
+        same = what.direction * v.detach().norm(dim=-1).mean()
+        v = torch.where(keep[:, None], torch.lerp(v, same.expand_as(v), level), v)
     return torch.stack([q, k, v], 2).flatten(2)
 
 
@@ -114,11 +116,15 @@ def attach(model: VisionTransformer, what: Plant, shape: tuple[int, int, int, in
     block.attn.qkv.register_forward_hook(lambda _, __, qkv: _tampered(qkv, what, width, heads))
     if what.kind == "rank":
 
-        def mix(_: object, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-            mean = inputs[0].mean(1, keepdim=True)
-            return (mean + (inputs[0] - mean) * (1 - 0.995 * what.level),)
+        def alike(_: object, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+            # towards one vector of the tokens' own size, each token by itself: nothing is mixed
+            x = inputs[0]
+            # of alternating sign: layer normalisation would take a constant vector away again
+            signs = 1 - 2 * (torch.arange(x.shape[-1]) % 2)
+            towards = (signs * x.detach().square().mean().sqrt())[None, None]
+            return (torch.lerp(x, towards.expand_as(x), 0.995 * what.level),)
 
-        block.register_forward_pre_hook(mix)
+        block.register_forward_pre_hook(alike)
     if what.kind == "projection":
 
         def gate(_: object, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
