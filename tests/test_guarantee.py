@@ -392,3 +392,23 @@ def test_detached_on_purpose_stays_detached() -> None:
     found = gmar(model, pictures(2))
     model.lift = True
     assert not torch.equal(gmar(model, pictures(2)).importance, found.importance)
+
+
+class Counts(nn.Module):
+    """To be scripted: keeps a number in C++."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return x * self.count
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.*")
+def test_numbers_inside_a_scripted_module() -> None:
+    model = seeded(ViT)
+    model.head = nn.Sequential(torch.jit.script(Counts()), model.head)
+    gmar(model, pictures(2))
+    assert model.head[0].count == 0

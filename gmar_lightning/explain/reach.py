@@ -31,6 +31,7 @@ from gmar_lightning.explain.tensorstate import (
     SavedStorage,
     SavedVersion,
     is_lazy,
+    scripted_attributes,
 )
 from gmar_lightning.explain.watched import (
     attributes_of,
@@ -42,6 +43,7 @@ from gmar_lightning.explain.watched import (
     is_sharded,
     is_watched,
     names_in,
+    quietly,
     refill,
     short_key,
     slots_of,
@@ -102,22 +104,22 @@ class Snapshot:
         loans = {id(thing): lent(where, thing) for where, thing in self.iterators}
         for saved in self.saved:
             if loans and isinstance(saved, (SavedContainer, SavedNames)):
-                _quietly(functools.partial(saved.lend, loans))
+                quietly(functools.partial(saved.lend, loans))
         return [thing for thing in loans.values() if isinstance(thing, Guard)]
 
     def changes(self) -> list[Saved]:
         """What is no longer as it was."""
-        return [saved for saved in self.saved if _quietly(saved.changed)]
+        return [saved for saved in self.saved if quietly(saved.changed)]
 
     def restore(self) -> tuple[list[str], list[str]]:
         """Put everything back; the paths of what had changed, and of those which could not be put back."""
         for saved in self.saved:
             if isinstance(saved, (SavedContainer, SavedNames)):
-                _quietly(saved.take_back)
+                quietly(saved.take_back)
         changed = self.changes()
         for saved in changed:
-            _quietly(saved.restore)
-        left = [saved.where for saved in changed if not saved.restorable or _quietly(saved.changed)]
+            quietly(saved.restore)
+        left = [saved.where for saved in changed if not saved.restorable or quietly(saved.changed)]
         return [saved.where for saved in changed], left
 
     def _visit(self, where: str, thing: Any, weight: bool) -> None:
@@ -204,7 +206,10 @@ class Snapshot:
         if isinstance(thing, nn.Module):
             self.saved.append(SavedClass(where, thing))
         if isinstance(thing, torch.jit.ScriptModule):
-            self._scripted(where, thing)
+            numbers, tensors = scripted_attributes(where, thing)
+            self.saved += numbers
+            for name, tensor in tensors.items():
+                self._then(name, tensor)
         kind = type(thing)
         if kind.__name__ == "FullyShardedDataParallel":
             # FSDP (version 1) keeps its own books in the modules it wraps; only what it wraps is the user's.
@@ -343,27 +348,3 @@ class Snapshot:
                 self.saved.append(SavedPosition(where, stream.tell, stream.seek))
         except Exception:  # a stream in the middle of being iterated does not tell
             return
-
-    def _scripted(self, where: str, module: Any) -> None:
-        kind = getattr(module, "_concrete_type", None)
-        core: Any = module._c
-        for name in kind.get_attributes() if kind is not None else ():
-            value = core.getattr(name)
-            if isinstance(value, Tensor):
-                self._then(f"{where}.{name}", value)
-            elif isinstance(value, (int, float, str, bool, list, dict, tuple)):
-                self.saved.append(
-                    SavedPosition(
-                        f"{where}.{name}",
-                        lambda name=name: core.getattr(name),
-                        lambda old, name=name: core.setattr(name, old),
-                    )
-                )
-
-
-def _quietly(act: Callable[[], Any]) -> Any:
-    # A user's object may refuse to be looked at; then it counts as changed, and is named.
-    try:
-        return act()
-    except Exception:
-        return True

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gmar_lightning.explain.state import Saved
+from gmar_lightning.explain.state import Saved, SavedPosition
 
 # A large storage is compared on so many blocks of so many bytes.
 _SAMPLES, _BLOCK = 64, 4096
@@ -137,3 +138,20 @@ def _geometry(tensor: Tensor) -> Any:
     storage = tensor.untyped_storage()
     # Storage objects are made anew at each call; the address of the C++ storage is what stays.
     return storage._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def scripted_attributes(where: str, module: torch.jit.ScriptModule) -> tuple[list[Saved], dict[str, Tensor]]:
+    """What a scripted module keeps in C++: numbers, strings and lists as saved state, and its tensors by path."""
+    kind, core = getattr(module, "_concrete_type", None), getattr(module, "_c", None)
+    saved, tensors = list[Saved](), dict[str, Tensor]()
+    if kind is None or core is None:
+        return saved, tensors
+    held: Any = core
+    for name in kind.get_attributes():
+        value = held.getattr(name)
+        if isinstance(value, Tensor):
+            tensors[f"{where}.{name}"] = value
+        elif isinstance(value, (int, float, str, bool, list, dict, tuple)):
+            read, write = functools.partial(held.getattr, name), functools.partial(held.setattr, name)
+            saved.append(SavedPosition(f"{where}.{name}", read, write))
+    return saved, tensors

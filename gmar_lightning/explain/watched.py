@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,12 @@ def names_in(code: types.CodeType) -> set[str]:
 def short_key(key: Any) -> str:
     """A dictionary key as a path shows it."""
     return repr(key) if isinstance(key, (int, str, float)) else type(key).__name__
+
+
+def quietly(act: Callable[[], Any]) -> Any:
+    """The result of an action; True where it raises."""
+    # A user's object may refuse to be looked at; then it counts as changed, and is named.
+    try:
+        return act()
+    except Exception:
+        return True

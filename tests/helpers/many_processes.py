@@ -5,9 +5,9 @@ Lightning's `ddp` strategy starts the second process itself, as it does for a us
 
 from __future__ import annotations
 
-import ctypes
 import contextlib
 import copy
+import ctypes
 import json
 import random
 import sys
