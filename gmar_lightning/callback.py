@@ -22,6 +22,7 @@ from gmar_lightning.arguments import (
     check_target,
     given_probe,
 )
+from gmar_lightning.chosen import Choice, chosen_probe
 from gmar_lightning.explain.gmar import check_form
 from gmar_lightning.explain.importance import Norm
 from gmar_lightning.explain.inputs import classifier_of
@@ -36,6 +37,7 @@ from gmar_lightning.monitor.processes import of_first_process
 from gmar_lightning.monitor.record import ProbeRecord
 from gmar_lightning.monitor.say import SayOnce
 from gmar_lightning.monitor.schedule import Every
+from gmar_lightning.monitor.selection import checked_choice
 from gmar_lightning.monitor.selftest import SelfTest
 from gmar_lightning.monitor.settings import ProbeSettings, Target
 from gmar_lightning.show.console import alarm_text
@@ -45,6 +47,7 @@ from gmar_lightning.trainer import (
     callable_model,
     class_names_of,
     default_folder,
+    draw_images,
     ends_here,
     is_alone,
     is_smoke_test,
@@ -53,7 +56,6 @@ from gmar_lightning.trainer import (
     not_state,
     photographs,
     planned_probes,
-    probe_images,
     silenced,
     state_of_run,
 )
@@ -81,6 +83,9 @@ class GMARCallback(Callback):
         num_images: Probe size, drawn class-balanced from the validation set, fixed for the run.
         num_heatmaps: How many of them are drawn.
         probe_batch: Your own `(images, labels)`, or a mapping with `images` and optionally `labels`.
+        probe_images: Which images instead of a class-balanced draw: a folder of image files (the class is the name
+            of the folder a file lies in), a list of indices of the validation set, "hardest" (highest loss before
+            the first step) or "misclassified". The latter two look at up to 256 images, once.
         module: Dotted path of the classifier inside the LightningModule; None calls its forward.
         target: The explained class, "predicted", "label", or a class index; or a callable `(output) -> (batch,)` on
             what the model returns (`gmar_lightning.targets`).
@@ -134,6 +139,7 @@ class GMARCallback(Callback):
         log_per_head: bool = False,
         max_events: int = 100,
         save_dir: str | os.PathLike[str] | None = None,
+        probe_images: str | os.PathLike[str] | Sequence[int] | None = None,
         verify: bool = True,
     ) -> None:
         super().__init__()
@@ -143,8 +149,11 @@ class GMARCallback(Callback):
             self._schedule = Every(steps=every_n_train_steps, epochs=every_n_epochs)
             check_form(norm, rollout, residual, micro_batch_size)
             self._given = given_probe(probe_batch)
+            self._choice: Choice | None = None if probe_images is None else checked_choice(probe_images)
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
+        if self._given is not None and self._choice is not None:
+            raise ConfigurationError("probe_batch and probe_images are two answers to one question: give one")
         check_counts(num_images=num_images, num_heatmaps=num_heatmaps, max_events=max_events)
         check_faithfulness_every(faithfulness_every)
         check_choice("on_error", on_error, ("warn", "raise"))
@@ -194,6 +203,7 @@ class GMARCallback(Callback):
         self._probe_seconds, self._fit_started = 0.0, time.monotonic()
         self._folder: str | None = None
         self._fingerprint: str | None = None
+        self._indices: list[int] | None = None
         self._nonfinite, self._closed, self._trainer = False, False, 0
 
     @property
@@ -246,10 +256,10 @@ class GMARCallback(Callback):
         # The plugin of this trainer; a callback may serve several one after the other.
         precision = trainer.precision_plugin.forward_context
         self._prober.settings = dataclasses.replace(self._prober.settings, precision=precision)
-        probe = probe_images(
+        probe = draw_images(
             trainer,
             pl_module,
-            self._given,
+            self._chosen(trainer, pl_module),
             num_images=self.num_images,
             target="predicted" if callable(self.target) else self.target,
             say=self._say,
@@ -259,6 +269,25 @@ class GMARCallback(Callback):
             started_at = trainer.global_step if self._schedule.unit == "step" else trainer.current_epoch
             self._schedule.reset(started_at)
             self._run_probe(trainer, pl_module, log_position(trainer), first=True)
+
+    def _chosen(self, trainer: Trainer, pl_module: LightningModule) -> ProbeBatch | None:
+        """The user's own images, or those that `probe_images` names; None for the class-balanced draw."""
+        # Which images are the hardest changes as the model learns: a resumed run keeps those of its beginning.
+        choice = self._choice if self._indices is None else self._indices
+        if self._given is not None or choice is None:
+            return self._given
+        probe = chosen_probe(
+            trainer,
+            pl_module,
+            choice,
+            num_images=self.num_images,
+            module=self.module if isinstance(self.module, str) else None,
+            class_names=self.class_names,
+            say=self._say,
+        )
+        if isinstance(self._choice, str) and probe.names is not None:
+            self._indices = [int(name.removeprefix("image ")) for name in probe.names]
+        return probe
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -297,6 +326,7 @@ class GMARCallback(Callback):
             "session": self._prober.state_dict(),
             "fingerprint": self._fingerprint,
             "folder": self._folder,
+            "probe_images": self._indices,
             "probe_seconds": self._probe_seconds,
         }
 
@@ -319,6 +349,7 @@ class GMARCallback(Callback):
         self._last_probe = (state["last_probe"][0], state["last_probe"][1])
         self._prober.load_state_dict(state["session"])
         self._fingerprint, self._folder = state["fingerprint"], state["folder"]
+        self._indices = state.get("probe_images")  # missing in older checkpoints
         self._probe_seconds = state["probe_seconds"]
 
     def _open_record(
@@ -359,6 +390,7 @@ class GMARCallback(Callback):
             "num_heatmaps": min(self.num_heatmaps, len(probe)),
             "labels": labels,
             "class_names": None if names is None else list(names),
+            "image_names": None if probe.names is None else list(probe.names),
             "fingerprint": probe.fingerprint,
             "settings": self._described(),
         }
@@ -383,6 +415,7 @@ class GMARCallback(Callback):
             images=pictures,
             labels=history.segment_run(history.segment).get("labels"),
             names=history.run.get("class_names"),
+            image_names=probe.names,
             per_head=self.log_per_head,
             media_every=max(1, math.ceil((planned or 0) / self.max_events)),
         )

@@ -23,7 +23,7 @@ from gmar_lightning.monitor.say import SayOnce
 from gmar_lightning.show.render import enlarged, to_uint8_image
 
 
-def probe_images(
+def draw_images(
     trainer: Trainer,
     pl_module: LightningModule,
     given: ProbeBatch | None,
@@ -86,8 +86,8 @@ def _draw_from_validation(trainer: Trainer, pl_module: LightningModule, num_imag
         return trainer.strategy.batch_to_device(batch, device=pl_module.device, dataloader_idx=0)
 
     # Hooks that augment only while training must see that this is not training.
-    with silenced(trainer, pl_module), undisturbed(pl_module), _validating(trainer):
-        loader = _validation_loader(trainer)
+    with silenced(trainer, pl_module), undisturbed(pl_module), validating(trainer):
+        loader = validation_loader(trainer)
         if loader is None:
             return None
         return agreed_probe(lambda: _drawn(loader, num_images, transfer))
@@ -106,7 +106,8 @@ def _drawn(loader: Any, num_images: int, transfer: Any) -> ProbeBatch:
 
 
 @contextmanager
-def _validating(trainer: Trainer) -> Iterator[None]:
+def validating(trainer: Trainer) -> Iterator[None]:
+    """For hooks that augment only while training: inside, this is validation."""
     stage = trainer.state.stage
     trainer.state.stage = RunningStage.VALIDATING
     try:
@@ -115,7 +116,8 @@ def _validating(trainer: Trainer) -> Iterator[None]:
         trainer.state.stage = stage
 
 
-def _validation_loader(trainer: Trainer) -> Any:
+def validation_loader(trainer: Trainer) -> Any:
+    """The first validation loader; None without one."""
     loaders = trainer.val_dataloaders
     source = trainer.fit_loop.epoch_loop.val_loop._data_source
     if loaders is None and source.is_defined():
@@ -242,7 +244,7 @@ def _is_channel_list(value: Any) -> bool:
 
 def class_names_of(trainer: Trainer, pl_module: LightningModule) -> list[str] | None:
     """Names of the classes, from the datamodule, the module or the data set."""
-    dataset = getattr(_validation_loader(trainer), "dataset", None)
+    dataset = getattr(validation_loader(trainer), "dataset", None)
     while dataset is not None and hasattr(dataset, "dataset"):
         dataset = dataset.dataset
     for holder, name in (

@@ -11,7 +11,7 @@ from tests.helpers.synthetic_history import make_history
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 WRITES_A_RECORD = {"callback", "hugging_face", "timm_finetune", "own_on_collapse", "early_stopping"}
-OTHERS = {"notebook", "sweep", "clip_similarity"}
+OTHERS = {"notebook", "sweep", "clip_similarity", "segmentation"}
 
 
 def run(name, folder, monkeypatch, *arguments):
@@ -42,6 +42,11 @@ def test_notebook(tmp_path, monkeypatch):
 def test_clip(tmp_path, monkeypatch, capsys):
     run("clip_similarity", tmp_path, monkeypatch)
     assert "[1, 4, 4]" in capsys.readouterr().out
+
+
+def test_segmentation(tmp_path, monkeypatch, capsys):
+    run("segmentation", tmp_path, monkeypatch)
+    assert "[2, 2, 3]) torch.Size([2, 4, 4])" in capsys.readouterr().out
 
 
 def test_sweep(tmp_path, monkeypatch):

@@ -35,11 +35,13 @@ class ProbeBatch:
         images: `(images, channels, height, width)`, on the CPU, as the model receives them.
         labels: `(images,)` class indices, or None.
         available: How many images the validation set had, where that is known.
+        names: What captions call each image, where somebody chose them; not part of the fingerprint.
     """
 
     images: Tensor
     labels: Tensor | None = None
     available: int | None = None
+    names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -87,6 +89,28 @@ def draw_probe(loader: Any, num_images: int, transfer: Callable[[Any], Any] | No
     labels = labels.detach().cpu().clone()
     chosen = _balanced(labels.tolist(), num_images)
     return ProbeBatch(images[chosen], labels[chosen], available)
+
+
+def draw_indices(
+    loader: Any, indices: Sequence[int], transfer: Callable[[Any], Any] | None = None
+) -> ProbeBatch:
+    """The images of a validation loader's data set at these indices, in this order, as `draw_probe` reads them.
+
+    Raises:
+        ValueError: When the data set cannot be read by index, or images cannot be found in its batches.
+    """
+    indexed = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    if not indexed or loader.batch_sampler is None:
+        raise ValueError(
+            "probe_images needs a validation set that is read by index; pass probe_batch instead"
+        )
+    with isolated_random_state(seed=0), kept(_roots(loader)):
+        dataset, collate = _private_copy((loader.dataset, loader.collate_fn))
+        batch = collate([dataset[index] for index in indices])
+        images, labels = unpack_batch(batch if transfer is None else transfer(batch), indices)
+    classes = None if labels is None else labels.detach().cpu().clone()
+    names = tuple(f"image {index}" for index in indices)
+    return ProbeBatch(images.detach().cpu().clone(), classes, len(dataset), names)
 
 
 def agreed_probe(draw: Callable[[], ProbeBatch]) -> ProbeBatch:

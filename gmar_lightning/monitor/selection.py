@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -13,29 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Subset
+
+from gmar_lightning.monitor.probe import ProbeBatch
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 # Images that "hardest" and "misclassified" look at, spread evenly over the validation set. One forward each, once.
-CANDIDATES = 512
+CANDIDATES = 256
 _BATCH = 32
-
-Choice = str | PathLike[str] | Sequence[int]
-
-
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """Chosen images.
-
-    Attributes:
-        images: `(images, channels, height, width)`, as the model receives them.
-        labels: `(images,)` class indices, or None.
-        names: What captions call each image: the file's name, or its index in the validation set.
-    """
-
-    images: Tensor
-    labels: Tensor | None
-    names: tuple[str, ...]
 
 
 def checked_choice(choice: Any) -> Path | Literal["hardest", "misclassified"] | list[int]:
@@ -92,7 +75,7 @@ def from_folder(
     num_images: int,
     prepare: Callable[[Image.Image], Tensor],
     class_names: Sequence[str] | None,
-) -> Selection:
+) -> ProbeBatch:
     """The files of a folder, classes taking turns.
 
     Args:
@@ -108,7 +91,7 @@ def from_folder(
     images = torch.stack([_prepared(path, prepare) for path, _ in chosen])
     labels = [_class_index(label, class_names, folder) for _, label in chosen if label is not None]
     names = tuple(path.relative_to(folder).as_posix() for path, _ in chosen)
-    return Selection(images, torch.tensor(labels) if labels else None, names)
+    return ProbeBatch(images, torch.tensor(labels) if labels else None, len(chosen), names)
 
 
 def plain_preparation(
@@ -148,7 +131,7 @@ def checked_indices(indices: Sequence[int], length: int) -> list[int]:
     return list(indices)
 
 
-def candidates(length: int) -> Subset | list[int]:
+def candidates(length: int) -> list[int]:
     """Indices that "hardest" and "misclassified" look at, spread evenly."""
     count = min(length, CANDIDATES)
     return [index * length // count for index in range(count)]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gmar_lightning.monitor.drift import rank_correlation
 from gmar_lightning.monitor.history import History
 from gmar_lightning.monitor.record import effective_heads
 from gmar_lightning.show.evidence import evidence_lines
@@ -35,8 +36,32 @@ def compare(histories: Sequence[History], names: Sequence[str] | None = None) ->
         if len({tuple(h.layers) for h, _ in seen}) == 1:
             title = "layer: effective heads, first -> last; raw importance, last / first"
             parts.append(title + "\n" + _table(["layer", *columns], _layer_rows([h for h, _ in seen])))
+        parts.append(_same_images([h for h, _ in seen], columns))
     parts += [_ranking(h, n if len(histories) > 1 else "") for h, n in zip(histories, names, strict=True)]
     return "\n\n".join(part for part in parts if part)
+
+
+def _same_images(histories: Sequence[History], names: Sequence[str]) -> str:
+    """For runs with the probe images of the first one: how alike the last maps are, image by image."""
+    first, same = histories[0], []
+    for history, name in zip(histories[1:], names[1:], strict=True):
+        if history.run.get("fingerprint") != first.run.get("fingerprint"):
+            continue
+        maps, others = (_last_maps(one) for one in (first, history))
+        if maps is not None and others is not None and maps.shape == others.shape:
+            alike = rank_correlation(others, maps)
+            same.append([name, *(f"{value:.2f}" for value in alike[:8]), f"{np.nanmean(alike):.2f}"])
+    if not same:
+        return ""
+    header = [f"same images as {names[0]}", *(f"#{index}" for index in range(len(same[0]) - 2)), "mean"]
+    return "likeness of the last maps (rank correlation)\n" + _table(header, same)
+
+
+def _last_maps(history: History) -> np.ndarray | None:
+    """Maps of the last probe of the first segment, the one that the fingerprint is of."""
+    mapped = [record for record in history.records if record.stored_maps and record.segment == 0]
+    maps = next(iter(history.maps_of(mapped[-1]).values()), None) if mapped else None
+    return maps if maps is not None and maps.ndim == 3 else None
 
 
 def _ranking(history: History, name: str) -> str:

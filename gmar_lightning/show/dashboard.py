@@ -74,32 +74,42 @@ def as_metrics(record: ProbeRecord) -> dict[str, torch.Tensor]:
     }
 
 
-def captions(record: ProbeRecord, labels: Sequence[int] | None, names: Sequence[str] | None) -> list[str]:
-    """`#3 cat → dog p=0.81 · step 1200` for each probe image."""
+def captions(
+    record: ProbeRecord,
+    labels: Sequence[int] | None,
+    names: Sequence[str] | None,
+    image_names: Sequence[str] | None = None,
+) -> list[str]:
+    """`#3 cat → dog p=0.81 · step 1200` for each probe image; its name stands behind the number if it has one."""
     if not record.predictions:
         return [
-            f"#{index} score={score:.3g} · step {record.step}" for index, score in enumerate(record.scores)
+            f"#{index}{_called(image_names, index)} score={score:.3g} · step {record.step}"
+            for index, score in enumerate(record.scores)
         ]
     lines = []
     for index, (prediction, p) in enumerate(zip(record.predictions, record.probabilities, strict=True)):
         truth = f"{_named(labels[index], names)} → " if labels is not None else ""
         p = 0.0 if math.isnan(p) else p
-        lines.append(f"#{index} {truth}{_named(prediction, names)} p={p:.2f} · step {record.step}")
+        called = _called(image_names, index)
+        lines.append(f"#{index}{called} {truth}{_named(prediction, names)} p={p:.2f} · step {record.step}")
     return lines
 
 
 def image_rows(
-    record: ProbeRecord, labels: Sequence[int] | None, names: Sequence[str] | None
+    record: ProbeRecord,
+    labels: Sequence[int] | None,
+    names: Sequence[str] | None,
+    image_names: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """What is known of each probe image at a probe: a row of a table.
 
     Returns:
-        `image` (its index), `label`, `prediction`, `probability`, `score`, `drift`, `drift_from_first`; None
-        where a value is missing. Drift is 1 minus the rank correlation of the maps.
+        `image` (its name, or else its index), `label`, `prediction`, `probability`, `score`, `drift`,
+        `drift_from_first`; None where a value is missing. Drift is 1 minus the rank correlation of the maps.
     """
     return [
         {
-            "image": index,
+            "image": index if image_names is None else image_names[index],
             "label": None if labels is None else _named(labels[index], names),
             "prediction": _named(record.predictions[index], names) if record.predictions else None,
             "probability": record.probabilities[index] if record.predictions else None,
@@ -226,6 +236,10 @@ def _drift(record: ProbeRecord, name: str) -> float:
 
 def _unlikeness(record: ProbeRecord, name: str, index: int) -> float | None:
     return 1.0 - float(record.drift[name][index]) if record.drift and name in record.drift else None
+
+
+def _called(image_names: Sequence[str] | None, index: int) -> str:
+    return "" if image_names is None else f" {image_names[index]}"
 
 
 def _named(index: int, names: Sequence[str] | None) -> str:

@@ -30,6 +30,7 @@ class Display:
         images: The photographs that are drawn, uint8 `(height, width, 3)`.
         labels: Of all probe images, or None.
         names: Class names, or None.
+        image_names: What captions call each image; None for its number alone.
         per_head: Whether every head gets a number.
         media_every: Pictures at each multiple of this.
     """
@@ -37,6 +38,7 @@ class Display:
     images: Sequence[np.ndarray] = ()
     labels: Sequence[int] | None = None
     names: Sequence[str] | None = None
+    image_names: Sequence[str] | None = None
     per_head: bool = False
     media_every: int = 1
 
@@ -152,11 +154,13 @@ class Publisher:
             record.step,
             numbers,
             hidden,
-            captions=captions(record, display.labels, display.names),
+            captions=captions(record, display.labels, display.names, display.image_names),
             inputs=() if self._opened else display.images,
             photographs=display.images,
             events=events,
-            image_rows=image_rows(record, display.labels, display.names)[: len(display.images)],
+            image_rows=image_rows(record, display.labels, display.names, display.image_names)[
+                : len(display.images)
+            ],
             **{**media, "grids": {**media["grids"], **flagged}},
         )
 
