@@ -7,7 +7,8 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from gmar_lightning.monitor.probe import ProbeBatch, unpack_batch
+from gmar_lightning.monitor.batches import unpack_batch
+from gmar_lightning.monitor.probe import ProbeBatch
 
 
 class ConfigurationError(MisconfigurationException, ValueError):

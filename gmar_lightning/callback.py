@@ -38,6 +38,7 @@ from gmar_lightning.monitor.record import ProbeRecord
 from gmar_lightning.monitor.say import SayOnce
 from gmar_lightning.monitor.schedule import Every
 from gmar_lightning.monitor.selection import checked_choice
+from gmar_lightning.monitor.selftest import SelfTest
 from gmar_lightning.monitor.settings import ProbeSettings, Target
 from gmar_lightning.show.console import alarm_text
 from gmar_lightning.show.dashboard import as_metrics
@@ -52,9 +53,11 @@ from gmar_lightning.trainer import (
     is_smoke_test,
     log_position,
     logged_metrics,
+    not_state,
     photographs,
     planned_probes,
-    untouched,
+    silenced,
+    state_of_run,
 )
 from gmar_lightning.version import __version__
 
@@ -106,6 +109,7 @@ class GMARCallback(Callback):
         log_per_head: One scalar per head, hidden from automatic panels.
         max_events: Pictures of at most so many probes are logged; scalars always are.
         save_dir: Local record; `<trainer log dir>/gmar` when None.
+        verify: Whether the first probe also copies the weights, to see whether the forward writes them.
 
     Raises:
         ConfigurationError: For arguments that do not fit, with what to change.
@@ -136,6 +140,7 @@ class GMARCallback(Callback):
         max_events: int = 100,
         save_dir: str | os.PathLike[str] | None = None,
         probe_images: str | os.PathLike[str] | Sequence[int] | None = None,
+        verify: bool = True,
     ) -> None:
         super().__init__()
         if every_n_train_steps is None and every_n_epochs is None:
@@ -178,12 +183,14 @@ class GMARCallback(Callback):
             faithfulness_every=faithfulness_every,
             drawn=num_heatmaps,
         )
+        self.verify = verify
         self._restored: dict[str, Any] | None = None
         self._begin_run()
 
     def _begin_run(self) -> None:
         self._schedule.reset()
         self._say = SayOnce(rank_zero_warn)
+        self._selftest = SelfTest(self.verify, self._say)
         self._prober = Prober(
             self._settings,
             detector=copy.deepcopy(self._fresh_detector),
@@ -438,8 +445,13 @@ class GMARCallback(Callback):
         started, self._last_probe = time.monotonic(), now
         last = ended or ends_here(trainer)
         moment = Moment(step, now[0], trainer.current_epoch, logged_metrics(trainer), last)
-        with untouched(trainer, pl_module):
-            record = self._prober.take(callable_model(trainer, pl_module), moment, first)
+        with silenced(trainer, pl_module):
+            record = self._selftest.take(
+                lambda model: self._prober.take(model, moment, first),
+                callable_model(trainer, pl_module),
+                state_of_run(trainer, pl_module),
+                not_state(trainer),
+            )
         self._publish(trainer, record)
         self._react(trainer, pl_module, record.events)
         self._probe_seconds += time.monotonic() - started
@@ -452,7 +464,8 @@ class GMARCallback(Callback):
         repeats = last is not None and (
             now <= last or now[0] == last[0] > 0 or (last[0] == 0 and now[1] <= last[1])
         )
-        over = self._prober.probe is None or self._prober.spent or (is_smoke_test(trainer) and not first)
+        spent = self._prober.spent or self._selftest.mode == "refused"
+        over = self._prober.probe is None or spent or (is_smoke_test(trainer) and not first)
         return not repeats and not over
 
     def _publish(self, trainer: Trainer, record: ProbeRecord) -> None:

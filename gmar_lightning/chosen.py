@@ -27,7 +27,7 @@ from gmar_lightning.trainer import (
     callable_model,
     class_names_of,
     normalisation_of,
-    untouched,
+    silenced,
     validating,
     validation_loader,
 )
@@ -84,7 +84,7 @@ def chosen_probe(
         return draw_indices(loader, [pool[position] for position in order[:num_images]], transfer)
 
     try:
-        with untouched(trainer, pl_module), undisturbed(pl_module), validating(trainer):
+        with silenced(trainer, pl_module), undisturbed(pl_module), validating(trainer):
             loader = validation_loader(trainer)
             if loader is None:
                 raise ValueError("probe_images needs a validation dataloader; add one, or pass probe_batch")

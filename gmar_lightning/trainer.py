@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 
 from gmar_lightning.arguments import ConfigurationError
 from gmar_lightning.explain.isolation import undisturbed
-from gmar_lightning.monitor.attributes import attributes_kept
 from gmar_lightning.monitor.probe import ProbeBatch, agreed_probe, draw_probe
 from gmar_lightning.monitor.processes import ProbeError
 from gmar_lightning.monitor.say import SayOnce
@@ -86,7 +86,7 @@ def _draw_from_validation(trainer: Trainer, pl_module: LightningModule, num_imag
         return trainer.strategy.batch_to_device(batch, device=pl_module.device, dataloader_idx=0)
 
     # Hooks that augment only while training must see that this is not training.
-    with untouched(trainer, pl_module), undisturbed(pl_module), validating(trainer):
+    with silenced(trainer, pl_module), undisturbed(pl_module), validating(trainer):
         loader = validation_loader(trainer)
         if loader is None:
             return None
@@ -259,16 +259,33 @@ def class_names_of(trainer: Trainer, pl_module: LightningModule) -> list[str] | 
 
 
 @contextmanager
-def untouched(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Keep a forward that logs, counts or collects from leaving traces in the training.
-
-    Inside, what it logs goes nowhere; afterwards the attributes of the module and its parts are as before.
-    """
-    # FSDP (version 1) keeps its own books in the modules it wraps.
-    modules = [pl_module] if _is_wrapped_by_fsdp(trainer) else list(pl_module.modules())
-    with attributes_kept(modules):
-        vars(pl_module).update(log=_log_nothing, log_dict=_log_nothing)
+def silenced(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Let what a forward logs go nowhere: through `self.log` and through the loggers themselves."""
+    own = {name: value for name, value in vars(pl_module).items() if name in ("log", "log_dict")}
+    loggers = trainer.loggers
+    vars(pl_module).update(log=_log_nothing, log_dict=_log_nothing)
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
         yield
+    finally:
+        trainer.loggers = loggers
+        for name in ("log", "log_dict"):
+            vars(pl_module).pop(name, None)
+        vars(pl_module).update(own)
+
+
+def state_of_run(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """Where the state lies that a probe must not change, by name."""
+    optimizers = {f"optimizer[{index}]": each for index, each in enumerate(trainer.optimizers)}
+    roots = {type(pl_module).__name__: pl_module, **optimizers}
+    # A LightningDataModule that holds its trainer is walked like any object of the user's.
+    datamodule = getattr(trainer, "datamodule", None)
+    return roots if datamodule is None else {**roots, type(datamodule).__name__: datamodule}
+
+
+def not_state(trainer: Trainer) -> tuple[Any, ...]:
+    """What belongs to Lightning, and is neither walked nor copied."""
+    return (trainer, trainer.strategy, *trainer.loggers)
 
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:

@@ -135,10 +135,13 @@ def test_batches_that_are_not_images(collate: Any, said: str, tmp_path: Path) ->
 
 def test_loader_that_cannot_be_read_in_peace(tmp_path: Path) -> None:
     class Stream:
-        def __iter__(self) -> Any:
-            return iter([(images_of(2), torch.arange(2), torch.arange(2))])
+        def __init__(self) -> None:
+            self.items = ((images_of(2), torch.arange(2), torch.arange(2)) for _ in range(9))
 
-    said = "cannot draw probe images from a Stream without disturbing it; pass probe_batch"
+        def __iter__(self) -> Any:
+            return self.items
+
+    said = r"loader\.items, a live iterator that can be neither rewound nor copied.*Pass probe_batch"
     refused(tmp_path, Classifier(), (loaders()[0], Stream()), ConfigurationError, said)
 
 

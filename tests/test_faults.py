@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import warnings
@@ -42,12 +43,12 @@ class InProbe:
     """Acts on the forwards of probes, not on those of training and validation."""
 
     def __init__(self, act: Callable[[int, Any], Any]):
-        self.act, self.forwards = act, 0
+        self.act, self.forwards = act, ctypes.c_int(0)  # memory that a probe does not put back
 
     def __call__(self, module: nn.Module, inputs: Any) -> Any:
         if torch.is_grad_enabled() and not module.training:
-            self.forwards += 1
-            return self.act(self.forwards, inputs[0])
+            self.forwards.value += 1
+            return self.act(self.forwards.value, inputs[0])
         return None
 
 
@@ -156,13 +157,12 @@ def test_three_failures_in_a_row_switch_it_off_and_a_success_starts_the_count_ag
 
     def once_per_probe() -> Classifier:
         module = Classifier()
-        probes: list[int] = []
+        last, count = ctypes.c_int(-1), ctypes.c_int(0)  # memory that a probe does not put back
 
         def act(forwards: int, images: Tensor) -> None:
-            step = module.trainer.global_step
-            if step not in probes:
-                probes.append(step)
-            fail(len(probes), images)
+            count.value += last.value != module.trainer.global_step
+            last.value = module.trainer.global_step
+            fail(count.value, images)
 
         module.net.blocks[0].register_forward_pre_hook(InProbe(act))
         return module

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import random
 import threading
-from typing import Any
+import types
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
-from gmar_lightning.monitor.probe import ProbeBatch, draw_probe, unpack_batch
+from gmar_lightning.monitor.batches import unpack_batch
+from gmar_lightning.monitor.probe import ProbeBatch, draw_probe
 from tests.helpers.tiny import Images, images_of
 
 
@@ -96,16 +100,16 @@ def test_data_set_that_cannot_be_copied_is_read_itself() -> None:
 
 def test_large_arrays_are_shared_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     data = Images(400)
-    seen: list[int] = []
+    seen = (ctypes.c_void_p * 1)()  # memory that the draw does not put back
 
     class Watched(Images):
         def __getitem__(self, index: int) -> Any:
-            seen.append(self.images.data_ptr())
+            seen[0] = self.images.data_ptr()
             return super().__getitem__(index)
 
     data.__class__ = Watched
     draw_probe(DataLoader(data, 4), 4)
-    assert set(seen) == {data.images.data_ptr()}
+    assert seen[0] == data.images.data_ptr()
 
 
 class Stream(IterableDataset):
@@ -128,9 +132,99 @@ def test_stream_keeps_its_place() -> None:
     assert sorted(probe.labels.tolist()) == [0, 1, 2, 3]
 
 
-def test_stream_that_cannot_be_copied_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Stream cannot be copied.*would take images from the validation"):
-        draw_probe(DataLoader(Stream(lock=True), 4), 4)
+def test_stream_that_cannot_be_copied_is_read_and_put_back() -> None:
+    stream = Stream(lock=True)
+    assert len(draw_probe(DataLoader(stream, 4), 4)) == 4
+    assert stream.position == 0
+
+
+def test_stream_that_can_be_neither_copied_nor_put_back_is_refused() -> None:
+    class Pipe(IterableDataset):
+        def __init__(self) -> None:
+            self.items = (item for item in [(images_of(1)[0], 0)] * 9)
+
+        def __iter__(self) -> Any:
+            yield from self.items
+
+    pipe = Pipe()
+    with pytest.raises(ValueError, match=r"dataset\.items, a live iterator"):
+        draw_probe(DataLoader(pipe, 4), 4)
+    assert len(list(pipe.items)) == 9
+
+
+@dataclasses.dataclass
+class Sample:
+    picture: Any
+    klass: Any
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+def test_batches_of_more_shapes() -> None:
+    images, labels = images_of(4), torch.tensor([1, 0, 3, 3])
+    one_hot = torch.eye(4)[labels]
+    for batch in (
+        Sample(images, labels), Pair(images, labels), (images, {"class": labels}), {"a": {"img": images},
+        "y": labels},
+        (images, one_hot), (images, 0.9 * one_hot + 0.025), (images, labels[:, None]), {"image": images,
+        "label": [1, 0, 3, 3]}, {"image": images, "label": labels.float()}, (images, torch.arange(4), labels),
+        ("id", images, ["a", "b", "c", "d"], labels), types.SimpleNamespace(x=images, y=labels),
+    ):  # fmt: skip
+        found = unpack_batch(batch, positions=range(4))
+        assert found[0] is images
+        assert found[1] is not None
+        assert found[1].tolist() == labels.tolist()
+    several = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 0, 0], [1, 0, 0]])
+    for batch in ((images, several), (images, ["cat", "dog", "cat", "dog"]), (images, torch.rand(4))):
+        assert unpack_batch(batch)[1] is None
+
+
+def test_the_position_of_a_sample_is_not_its_label() -> None:
+    class Indexed(Images):
+        def __getitem__(self, index: int) -> Any:
+            return self.images[index], index, self.classes[index]
+
+    probe = draw_probe(DataLoader(Indexed(8), 4), 4)
+    assert probe.labels is not None
+    assert sorted(probe.labels.tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("says_labels", [True, False])
+def test_samples_that_cannot_be_read_are_passed_over(says_labels: bool) -> None:
+    class Broken(Images):
+        def __getitem__(self, index: int) -> Any:
+            if index in (0, 5):
+                raise OSError("truncated")
+            return super().__getitem__(index)
+
+    assert len(draw_probe(DataLoader(Broken(16, says_labels=says_labels), 4), 4)) == 4
+
+
+class Batches:
+    """A loader of somebody's own."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __iter__(self) -> Any:
+        self.passes += 1
+        return iter([(images_of(4, seed), torch.arange(4)) for seed in range(3)])
+
+
+def test_loaders_of_ones_own() -> None:
+    loader = Batches()
+    assert len(draw_probe(loader, 10)) == 10
+    assert loader.passes == 0
+
+
+def test_state_of_a_data_set_that_cannot_be_copied_is_put_back() -> None:
+    data = Noisy(lock=True)
+    before = data.state()
+    draw_probe(DataLoader(data, 4), 4)
+    assert data.state() == before
 
 
 def test_data_sets_whose_items_are_batches() -> None:

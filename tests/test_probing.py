@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from gmar_lightning import gmar
+from gmar_lightning.explain.isolation import kept
 from gmar_lightning.metrics import HeadImportance
-from gmar_lightning.monitor.attributes import attributes_kept
 from gmar_lightning.monitor.collapse import CollapseDetector
 from gmar_lightning.monitor.explanation import explain_together
 from gmar_lightning.monitor.packing import SIGNALS
@@ -167,7 +167,7 @@ def test_attributes_are_put_back_after_an_error_too() -> None:
     seen, sums, centre = module.seen, module.sums, module.centre
 
     def misbehave() -> None:
-        with attributes_kept([module]):
+        with kept({"module": module}):
             module.count += 1
             module.seen.append(2)
             module.sums += 1

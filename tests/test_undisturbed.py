@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -254,13 +255,13 @@ class Flaky:
     """Makes every second probe fail inside the model; validation is left alone."""
 
     def __init__(self) -> None:
-        self.probes = 0
+        self.probes = ctypes.c_int(0)  # memory that a probe does not put back
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         if torch.is_grad_enabled() and not module.training:
-            self.probes += 1
+            self.probes.value += 1
             torch.rand(3), np.random.rand(), random.random()
-            if self.probes % 2 == 0:
+            if self.probes.value % 2 == 0:
                 raise RuntimeError("a probe that fails")
 
 

@@ -20,6 +20,7 @@ from gmar_lightning.explain.inputs import (
     model_inputs,
 )
 from gmar_lightning.explain.isolation import undisturbed
+from gmar_lightning.explain.lifted import with_gradients_lifted
 from gmar_lightning.explain.measure import Measured, measure
 from gmar_lightning.explain.notebook import result_page
 from gmar_lightning.explain.rollout import Rollout, forms_of, to_grid
@@ -138,7 +139,8 @@ def gmar(
         batch = batch_size(inputs)
         goals = checked_targets(targets, batch)
         explain = functools.partial(_explain, classifier, form=form)
-        return _joined([explain(*part) for part in micro_batches(inputs, goals, micro_batch_size or batch)])
+        parts = micro_batches(inputs, goals, micro_batch_size or batch)
+        return with_gradients_lifted(lambda: _joined([explain(*part) for part in parts]))
 
 
 def _explain(classifier: nn.Module, inputs: dict[str, Any], targets: Goal, *, form: Form) -> GMARResult:

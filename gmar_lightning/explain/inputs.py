@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.lifted import lifting
 
 # Which number is explained: class indices, a callable on the model's output, or None for the predicted class.
 Goal = Tensor | Callable[[Any], Tensor] | None
@@ -56,7 +57,8 @@ def _fitted(value: Any, parameter: nn.Parameter | None) -> Any:
 
 def forward(classifier: nn.Module, inputs: Mapping[str, Any]) -> Any:
     """Run the classifier on what `model_inputs` prepared."""
-    return classifier(inputs[""]) if "" in inputs else classifier(**inputs)
+    with lifting():
+        return classifier(inputs[""]) if "" in inputs else classifier(**inputs)
 
 
 def logits_of(output: Any) -> Tensor:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+
+from gmar_lightning.explain.reach import Snapshot
+
+# Which weights the forward of a model was seen to write, by path; a model that is not here was not watched yet.
+_WRITTEN: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+# The trace of the block around this one, which holds more than the model: weights need no second copy then.
+_around: ContextVar[Trace | None] = ContextVar("around", default=None)
 
 
 @contextmanager
@@ -17,22 +29,92 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 
     Inside, `module` is in evaluation mode, gradients are enabled (even when called under `no_grad` or
     `inference_mode`), compiled code runs eagerly without being recompiled, and autocast keeps its dtype but
-    caches nothing. On every exit path, exceptions and KeyboardInterrupt included, the training flag of each
-    submodule, the buffers, the random states of torch, CUDA, NumPy and Python, the grad mode and the compile
-    stance are as before.
+    caches nothing. On every exit path, exceptions and KeyboardInterrupt included, these are as before: the
+    random states of torch, CUDA, NumPy and Python, the grad mode, the compile stance, and all state that can be
+    reached from the module (see `kept`).
+
+    Weights are copied at the first call for a module only; afterwards those are copied which were written then,
+    and of the others the write counter is watched.
 
     Args:
         module: The module about to be run; its parameters and their `.grad` are never written.
     """
+    written = _WRITTEN.get(module)
+    every = written is None and _around.get() is None
     with ExitStack() as stack:
         stack.enter_context(isolated_random_state())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_uncached_autocast())
-        stack.enter_context(_buffers_kept(module))
+        trace = stack.enter_context(
+            kept({type(module).__name__: module}, None if every else written or set())
+        )
         stack.enter_context(_evaluation_mode(module))
         yield
+    if _around.get() is None:
+        _WRITTEN.setdefault(module, set()).update(trace.changed)
+        if trace.left:
+            warnings.warn(
+                f"the forward pass of {type(module).__name__} wrote {_listed(trace.left)}, which was not "
+                "kept and could not be put back; it is kept from here on",
+                stacklevel=4,
+            )
+
+
+@dataclass
+class Trace:
+    """What a probe changed; filled in when its block ends.
+
+    Attributes:
+        changed: Paths of what was no longer as it was.
+        left: Those among them that could not be put back.
+        truncated: Whether there was more state than the walk covers.
+    """
+
+    changed: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    truncated: bool = False
+
+
+@contextmanager
+def kept(
+    roots: Mapping[str, Any], weights: set[str] | None = None, skip: tuple[Any, ...] = ()
+) -> Iterator[Trace]:
+    """Put back whatever changed inside the block of the state that can be reached from some objects.
+
+    That is: tensors, their memory, shape, `requires_grad` and `.grad`; attributes, slots, lists, dictionaries,
+    sets and deques, nested; NumPy arrays; random generators; open files' positions; hooks and what they enclose;
+    and for the code that a forward runs, class attributes, closures and module globals. A live generator that the
+    code draws from cannot be put back, so drawing from it raises `UnsupportedModelError`.
+
+    Args:
+        roots: Name to object.
+        weights: Paths of the weights that are copied; None copies all. Of others the write counter is watched.
+        skip: Objects that are not entered.
+
+    Yields:
+        The trace, complete when the block has ended.
+    """
+    snapshot = Snapshot(
+        roots, keep=(lambda where: True) if weights is None else weights.__contains__, skip=skip
+    )
+    trace = Trace(truncated=snapshot.truncated)
+    token = _around.set(trace)
+    try:
+        snapshot.guard()
+        yield trace
+    finally:
+        _around.reset(token)
+        changed, trace.left = snapshot.restore()
+        trace.changed = list(dict.fromkeys([*trace.changed, *changed]))
+        if (around := _around.get()) is not None:
+            # The block around this one does not see any more what was put back here.
+            around.changed += [path for path in trace.changed if path not in trace.left]
+
+
+def _listed(paths: list[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 @contextmanager
@@ -74,19 +156,6 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for submodule, training in flags:
             submodule.training = training
-
-
-@contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    # Tensors made under inference mode count no versions, and may only be written there.
-    kept = [(b, None if b.is_inference() else b._version, b.detach().clone()) for b in module.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, version, value in kept:
-            if version is None or buffer._version != version:
-                with torch.inference_mode(version is None), torch.no_grad():
-                    buffer.copy_(value)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import hashlib
 import io
 import itertools
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from gmar_lightning.explain.isolation import isolated_random_state
+from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.isolation import isolated_random_state, kept
+from gmar_lightning.monitor.batches import unpack_batch
 from gmar_lightning.monitor.processes import of_first_process, on_every_process
 
-IMAGE_KEYS = ("images", "image", "pixel_values", "inputs", "input", "x", "img")
-LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 # Candidates read per probe image when a data set does not say its labels up front.
 _CANDIDATES = 4
 # Bytes from which an array of a data set is taken for its images, not for its state.
@@ -76,9 +76,13 @@ def draw_probe(loader: Any, num_images: int, transfer: Callable[[Any], Any] | No
         ValueError: When images cannot be found in the batches, or the loader cannot be read without
             disturbing it.
     """
-    with isolated_random_state(seed=0):
-        batch, available = _drawn(loader, num_images)
-        images, labels = unpack_batch(batch if transfer is None else transfer(batch))
+    try:
+        # What cannot be copied is read itself, and put back: generators, counters, positions, open files.
+        with isolated_random_state(seed=0), kept(_roots(loader)):
+            batch, positions, available = _drawn(loader, num_images)
+            images, labels = unpack_batch(batch if transfer is None else transfer(batch), positions)
+    except UnsupportedModelError as error:
+        raise ValueError(f"{error} Pass probe_batch=(images, labels).") from error
     images = images.detach().cpu().clone()
     if labels is None:
         return ProbeBatch(images[:num_images], None, available)
@@ -100,13 +104,13 @@ def draw_indices(
         raise ValueError(
             "probe_images needs a validation set that is read by index; pass probe_batch instead"
         )
-    with isolated_random_state(seed=0):
-        dataset, collate = _private_copy((loader.dataset, loader.collate_fn), required=False)
+    with isolated_random_state(seed=0), kept(_roots(loader)):
+        dataset, collate = _private_copy((loader.dataset, loader.collate_fn))
         batch = collate([dataset[index] for index in indices])
-        images, labels = unpack_batch(batch if transfer is None else transfer(batch))
-    kept = None if labels is None else labels.detach().cpu().clone()
+        images, labels = unpack_batch(batch if transfer is None else transfer(batch), indices)
+    classes = None if labels is None else labels.detach().cpu().clone()
     names = tuple(f"image {index}" for index in indices)
-    return ProbeBatch(images.detach().cpu().clone(), kept, len(dataset), names)
+    return ProbeBatch(images.detach().cpu().clone(), classes, len(dataset), names)
 
 
 def agreed_probe(draw: Callable[[], ProbeBatch]) -> ProbeBatch:
@@ -127,55 +131,61 @@ def agreed_probe(draw: Callable[[], ProbeBatch]) -> ProbeBatch:
     return drawn[0] if alike else of_first_process(drawn[0])
 
 
-def unpack_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Images and labels of a batch: `(images, labels)`, a dictionary, or images alone.
-
-    Returns:
-        Images `(batch, channels, height, width)` and labels `(batch,)` or None.
-
-    Raises:
-        ValueError: Naming the keys or positions that were found.
-    """
-    if isinstance(batch, Mapping):
-        parts = {str(key): value for key, value in batch.items()}
-        images = next((parts[key] for key in IMAGE_KEYS if _is_images(parts.get(key))), None)
-        labels = next((parts[key] for key in LABEL_KEYS if _is_labels(parts.get(key))), None)
-        hint = f"name the images one of {', '.join(IMAGE_KEYS)}"
-    else:
-        sequence = batch if isinstance(batch, (tuple, list)) else [batch]
-        parts = {f"position {index}": value for index, value in enumerate(sequence)}
-        images = next((value for value in sequence if _is_images(value)), None)
-        labels = next((value for value in sequence if _is_labels(value)), None)
-        hint = "put (images, labels) first"
-    if images is None:
-        found = ", ".join(f"{name}: {_described(value)}" for name, value in parts.items()) or "nothing"
-        raise ValueError(
-            f"no images (batch, channels, height, width) in the batch; found {found}. "
-            f"Either {hint}, or pass probe_batch=(images, labels)."
-        )
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(f"the batch has {len(images)} images but {len(labels)} labels")
-    return images, labels
-
-
-def _drawn(loader: Any, num_images: int) -> tuple[Any, int | None]:
-    if isinstance(loader, (list, tuple)):
-        return _merged(itertools.islice(loader, num_images)), None
+def _roots(loader: Any) -> dict[str, Any]:
     if not isinstance(loader, DataLoader):
-        raise ValueError(
-            f"cannot draw probe images from a {type(loader).__name__} without disturbing it; "
-            "pass probe_batch=(images, labels)"
-        )
+        return {"loader": loader}
+    return {"dataset": loader.dataset, "collate_fn": loader.collate_fn, "generator": loader.generator}
+
+
+def _drawn(loader: Any, num_images: int) -> tuple[Any, list[int], int | None]:
+    """A batch, the positions of its samples in the data set where they are known, and how many there are."""
+    if not isinstance(loader, DataLoader):
+        return _merged(itertools.islice(_iterated(loader), num_images)), [], None
     streams = isinstance(loader.dataset, IterableDataset)
-    dataset, collate = _private_copy((loader.dataset, loader.collate_fn), required=streams)
+    dataset, collate = _private_copy((loader.dataset, loader.collate_fn))
     if streams:
-        return _from_stream(loader, dataset, collate, num_images), None
-    if loader.batch_sampler is None:
-        return _merged(dataset[i] for i in range(min(num_images, len(dataset)))), None  # items are batches
-    indices = _candidates(dataset, num_images)
-    if not indices:
+        return _from_stream(loader, dataset, collate, num_images), [], None
+    if loader.batch_sampler is None:  # items are batches
+        return _merged(dataset[i] for i in range(min(num_images, len(dataset)))), [], None
+    if len(dataset) == 0:
         raise ValueError("the validation set is empty; pass probe_batch=(images, labels)")
-    return collate([dataset[index] for index in indices]), len(dataset)
+    positions, items = _readable(dataset, *_candidates(dataset, num_images))
+    return collate(items), positions, len(dataset)
+
+
+def _iterated(loader: Any) -> Any:
+    """Batches of anything that iterates, from a copy of it; a one-way stream that cannot be copied is refused."""
+    if isinstance(loader, (list, tuple)):
+        return loader
+    if not hasattr(type(loader), "__iter__") and not hasattr(type(loader), "__getitem__"):
+        raise ValueError(f"a {type(loader).__name__} does not iterate; pass probe_batch=(images, labels)")
+    copied = _private_copy(loader)
+    if copied is loader and hasattr(type(loader), "__next__"):
+        raise ValueError(
+            f"cannot draw probe images from a {type(loader).__name__} without disturbing it: it can be neither "
+            "copied nor started again; pass probe_batch=(images, labels)"
+        )
+    return iter(copied)
+
+
+def _readable(dataset: Any, order: Sequence[int], wanted: int) -> tuple[list[int], list[Any]]:
+    """The first samples, in this order, that can be read.
+
+    A sample that training never draws (a subset sampler, `limit_val_batches`) may be one that cannot be read.
+    """
+    positions, items, failure = list[int](), list[Any](), None
+    for index in order:
+        try:
+            items.append(dataset[index])
+        except Exception as error:
+            failure = error
+            continue
+        positions.append(index)
+        if len(items) == wanted:
+            break
+    if not items and failure is not None:
+        raise failure
+    return positions, items
 
 
 def _from_stream(loader: DataLoader, stream: Any, collate: Callable[[Any], Any], num_images: int) -> Any:
@@ -185,20 +195,15 @@ def _from_stream(loader: DataLoader, stream: Any, collate: Callable[[Any], Any],
     return _merged(items) if loader.batch_size is None else collate(items)
 
 
-def _private_copy(original: Any, required: bool) -> Any:
-    """A copy whose reading leaves the original as it is; the original where copying fails and is not required."""
+def _private_copy(original: Any) -> Any:
+    """A copy whose reading leaves the original as it is; the original where copying fails."""
     buffer, shared = io.BytesIO(), list[Any]()
     try:
         _Copier(buffer, shared).dump(original)
         buffer.seek(0)
         return _Reader(buffer, shared).load()
-    except Exception as error:
-        if not required:
-            return original
-        raise ValueError(
-            f"the validation stream {type(original[0]).__name__} cannot be copied ({error}), and reading the "
-            "original would take images from the validation; pass probe_batch=(images, labels)"
-        ) from error
+    except Exception:
+        return original
 
 
 class _Copier(pickle.Pickler):
@@ -227,12 +232,14 @@ class _Reader(pickle.Unpickler):
         return self._shared[pid]
 
 
-def _candidates(dataset: Any, num_images: int) -> list[int]:
+def _candidates(dataset: Any, num_images: int) -> tuple[list[int], int]:
+    """Positions in the order they are tried, and how many of them are wanted."""
     known = _known_labels(dataset)
     if known is not None:
-        return _balanced(known, num_images)
+        return _balanced(known, len(known)), min(num_images, len(known))
     count = min(len(dataset), _CANDIDATES * num_images)
-    return [index * len(dataset) // count for index in range(count)]
+    spread = [index * len(dataset) // count for index in range(count)]
+    return spread, count
 
 
 def _known_labels(dataset: Any) -> list[Any] | None:
@@ -269,15 +276,3 @@ def _merged(batches: Iterable[Any]) -> Any:
     images = torch.cat([images for images, _ in pairs])
     labels = [labels for _, labels in pairs if labels is not None]
     return (images, torch.cat(labels)) if len(labels) == len(pairs) else (images,)
-
-
-def _is_images(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 4
-
-
-def _is_labels(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 1 and not value.is_floating_point()
-
-
-def _described(value: Any) -> str:
-    return f"tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
