@@ -1,5 +1,7 @@
 """One thread per process: the tests' tensors are small, and threads that wait for each other cost the time."""
 
+import sys
+
 import pytest
 import torch
 
@@ -14,3 +16,14 @@ def chromium(tmp_path_factory):
     browser = start_chromium(tmp_path_factory.mktemp("profile"))
     yield browser
     browser.quit()
+
+
+@pytest.fixture(autouse=True)
+def _no_wandb_left():
+    """A run or a service that one test leaves would be taken up by the next `wandb.init`."""
+    yield
+    wandb = sys.modules.get("wandb")
+    if wandb is not None:
+        if wandb.run is not None:
+            wandb.finish()  # or it would go on writing to a service that is gone
+        wandb.teardown()

@@ -67,11 +67,12 @@ def layers_of(model, images, targets):
             handle.remove()
         outputs = [call.output for call in calls]
         grads = torch.autograd.grad(logits.gather(1, targets[:, None]).sum(), outputs + streams)
-    found = []
-    for call, stream, grad, at_stream in zip(calls, streams, grads, grads[len(calls) :], strict=False):
-        gradient = grad @ call.per_head("v").mT
-        outputs = grad * call.output.detach()
-        found.append(Layer(call.attention(), gradient, outputs, at_stream * stream.detach()))
+        # Inside the block: what the hooks collected is put back with the rest of the model.
+        found = []
+        for call, stream, grad, at_stream in zip(calls, streams, grads, grads[len(calls) :], strict=False):
+            gradient = grad @ call.per_head("v").mT
+            outputs = grad * call.output.detach()
+            found.append(Layer(call.attention(), gradient, outputs, at_stream * stream.detach()))
     return found
 
 
