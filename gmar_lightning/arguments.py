@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from gmar_lightning.monitor.batches import unpack_batch
+from gmar_lightning.monitor.batches import masks_of, unpack_batch
 from gmar_lightning.monitor.probe import ProbeBatch
 
 
@@ -65,4 +65,6 @@ def given_probe(batch: Any) -> ProbeBatch | None:
     if len(images) == 0:
         raise ConfigurationError("probe_batch is empty")
     kept = images.detach().cpu().clone()
-    return ProbeBatch(kept, None if labels is None else labels.detach().cpu().clone())
+    masks = masks_of(batch, images)
+    labels, masks = (None if part is None else part.detach().cpu().clone() for part in (labels, masks))
+    return ProbeBatch(kept, labels, masks=masks)

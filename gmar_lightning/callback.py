@@ -408,7 +408,7 @@ class GMARCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, probe: ProbeBatch, history: History
     ) -> Publisher:
         images = probe.images[: self.num_heatmaps]
-        pictures = photographs(trainer, pl_module, images, self.mean, self.std, self._say)
+        pictures = photographs(trainer, pl_module, images, self.mean, self.std, self._say, probe.masks)
         self._guarded("the record", lambda: history.save_inputs(pictures), trainer.global_step)
         planned = planned_probes(trainer, self._schedule.unit, self._schedule.interval)
         display = Display(

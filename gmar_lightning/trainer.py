@@ -20,6 +20,7 @@ from gmar_lightning.explain.isolation import undisturbed
 from gmar_lightning.monitor.probe import ProbeBatch, agreed_probe, draw_probe
 from gmar_lightning.monitor.processes import ProbeError
 from gmar_lightning.monitor.say import SayOnce
+from gmar_lightning.show.outline import outlined
 from gmar_lightning.show.render import enlarged, to_uint8_image
 
 
@@ -63,11 +64,19 @@ def photographs(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     say: SayOnce,
+    masks: Tensor | None = None,
 ) -> list[np.ndarray]:
-    """The probe images as they looked before normalisation, uint8; none where they cannot be drawn."""
+    """The probe images as they looked before normalisation, uint8; none where they cannot be drawn.
+
+    Where the evidence is known, `masks` `(images, height, width)`, its border is drawn on them.
+    """
     known_mean, known_std = normalisation_of(trainer, pl_module)
     try:
-        return [enlarged(to_uint8_image(image, mean or known_mean, std or known_std)) for image in images]
+        drawn = [enlarged(to_uint8_image(image, mean or known_mean, std or known_std)) for image in images]
+        # One mask for each picture that is drawn; there may be more of them.
+        return (
+            drawn if masks is None else [outlined(*pair) for pair in zip(drawn, masks.numpy(), strict=False)]
+        )
     except Exception as error:
         # One process draws; nothing it meets may keep it from the others.
         say(f"GMARCallback: the probe images cannot be drawn ({error}); numbers only")

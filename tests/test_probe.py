@@ -254,3 +254,15 @@ def test_fingerprint_tells_images_and_labels_apart() -> None:
     assert ProbeBatch(images + 1e-6, labels).fingerprint != one
     assert ProbeBatch(images, labels.flip(0)).fingerprint != one
     assert ProbeBatch(images, None).fingerprint != one
+
+
+def test_masks_of_the_evidence_come_along_in_the_order_of_the_images():
+    images, labels = torch.randn(12, 3, 8, 8), torch.arange(12) % 3
+    masks = torch.rand(12, 8, 8) > 0.5
+    probe = draw_probe(DataLoader(TensorDataset(images, labels, masks), 4), 6)
+    for image, mask in zip(probe.images, probe.masks, strict=True):
+        index = int((images == image).flatten(1).all(1).nonzero())
+        assert torch.equal(mask, masks[index])
+    without = draw_probe(DataLoader(TensorDataset(images, labels, masks.float()), 4), 6)
+    assert without.masks is None
+    assert without.fingerprint == probe.fingerprint

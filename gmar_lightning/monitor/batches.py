@@ -55,6 +55,21 @@ def unpack_batch(batch: Any, positions: Sequence[int] = ()) -> tuple[Tensor, Ten
     return images, labels
 
 
+def masks_of(batch: Any, images: Tensor) -> Tensor | None:
+    """Where the evidence lies, in a batch that says so: the boolean tensor `(batch, height, width)` in it.
+
+    Args:
+        batch: As for `unpack_batch`.
+        images: The images `(batch, channels, height, width)` of the batch.
+
+    Returns:
+        The first such tensor, of the images' own size; None without one.
+    """
+    shape = (len(images), *images.shape[-2:])
+    masks = (value for _, value in _parts(batch, "") if isinstance(value, Tensor) and value.shape == shape)
+    return next((mask for mask in masks if mask.dtype == torch.bool), None)
+
+
 def _parts(value: Any, name: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Leaves of a nested batch with their path."""
     inner: Any = None

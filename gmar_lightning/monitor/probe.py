@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.isolation import isolated_random_state, kept
-from gmar_lightning.monitor.batches import unpack_batch
+from gmar_lightning.monitor.batches import masks_of, unpack_batch
 from gmar_lightning.monitor.processes import of_first_process, on_every_process
 
 # Candidates read per probe image when a data set does not say its labels up front.
@@ -36,12 +36,15 @@ class ProbeBatch:
         labels: `(images,)` class indices, or None.
         available: How many images the validation set had, where that is known.
         names: What captions call each image, where somebody chose them; not part of the fingerprint.
+        masks: Boolean `(images, height, width)`, where the evidence lies, from batches that say so; the border is
+            drawn on the pictures. Not part of the fingerprint.
     """
 
     images: Tensor
     labels: Tensor | None = None
     available: int | None = None
     names: tuple[str, ...] | None = None
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -80,15 +83,22 @@ def draw_probe(loader: Any, num_images: int, transfer: Callable[[Any], Any] | No
         # What cannot be copied is read itself, and put back: generators, counters, positions, open files.
         with isolated_random_state(seed=0), kept(_roots(loader)):
             batch, positions, available = _drawn(loader, num_images)
-            images, labels = unpack_batch(batch if transfer is None else transfer(batch), positions)
+            batch = batch if transfer is None else transfer(batch)
+            images, labels = unpack_batch(batch, positions)
+            masks = masks_of(batch, images)
     except UnsupportedModelError as error:
         raise ValueError(f"{error} Pass probe_batch=(images, labels).") from error
-    images = images.detach().cpu().clone()
-    if labels is None:
-        return ProbeBatch(images[:num_images], None, available)
-    labels = labels.detach().cpu().clone()
-    chosen = _balanced(labels.tolist(), num_images)
-    return ProbeBatch(images[chosen], labels[chosen], available)
+    rows = (
+        list(range(min(num_images, len(images))))
+        if labels is None
+        else _balanced(labels.tolist(), num_images)
+    )
+
+    def chosen(values: Tensor | None) -> Tensor | None:
+        # Indexing copies, so that nothing of the data set stays alive with the probe.
+        return None if values is None else values.detach().cpu()[rows].clone()
+
+    return ProbeBatch(images.detach().cpu()[rows].clone(), chosen(labels), available, masks=chosen(masks))
 
 
 def draw_indices(
@@ -107,10 +117,15 @@ def draw_indices(
     with isolated_random_state(seed=0), kept(_roots(loader)):
         dataset, collate = _private_copy((loader.dataset, loader.collate_fn))
         batch = collate([dataset[index] for index in indices])
-        images, labels = unpack_batch(batch if transfer is None else transfer(batch), indices)
-    classes = None if labels is None else labels.detach().cpu().clone()
+        batch = batch if transfer is None else transfer(batch)
+        images, labels = unpack_batch(batch, indices)
+        masks = masks_of(batch, images)
     names = tuple(f"image {index}" for index in indices)
-    return ProbeBatch(images.detach().cpu().clone(), classes, len(dataset), names)
+    images, labels, masks = (
+        None if part is None else part.detach().cpu().clone() for part in (images, labels, masks)
+    )
+    assert images is not None
+    return ProbeBatch(images, labels, len(dataset), names, masks)
 
 
 def agreed_probe(draw: Callable[[], ProbeBatch]) -> ProbeBatch:
