@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 
+from gmar_lightning.explain.inputs import classifier_of
 from gmar_lightning.monitor.probe import ProbeBatch, unpack_batch
 
 
@@ -65,3 +67,26 @@ def given_probe(batch: Any) -> ProbeBatch | None:
         raise ConfigurationError("probe_batch is empty")
     kept = images.detach().cpu().clone()
     return ProbeBatch(kept, None if labels is None else labels.detach().cpu().clone())
+
+
+def check_fit(trainer: Trainer, pl_module: LightningModule, module: str | None) -> None:
+    """Refuse a trainer and a module that the callback cannot work with, before anything is loaded."""
+    if trainer.barebones:
+        raise ConfigurationError(
+            "Trainer(barebones=True) switches everything off that costs time; GMARCallback is such a thing. "
+            "Remove one of the two."
+        )
+    if module is None and type(pl_module).forward is LightningModule.forward:
+        children = ", ".join(name for name, _ in pl_module.named_children()) or "none"
+        raise ConfigurationError(
+            f"{type(pl_module).__name__} defines no forward(images) -> logits. Name the classifier inside it "
+            f"with GMARCallback(module=...); its children: {children}"
+        )
+
+
+def check_module(pl_module: LightningModule, module: str | None) -> None:
+    """Refuse a path that leads to no submodule."""
+    try:
+        classifier_of(pl_module, module)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
