@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 
+from gmar_lightning.explain.inputs import classifier_of
 from gmar_lightning.monitor.batches import masks_of, unpack_batch
 from gmar_lightning.monitor.probe import ProbeBatch
+from gmar_lightning.monitor.selection import checked_choice
 
 
 class ConfigurationError(MisconfigurationException, ValueError):
@@ -68,3 +71,33 @@ def given_probe(batch: Any) -> ProbeBatch | None:
     masks = masks_of(batch, images)
     labels, masks = (None if part is None else part.detach().cpu().clone() for part in (labels, masks))
     return ProbeBatch(kept, labels, masks=masks)
+
+
+def given_choice(probe_images: Any, probe_batch: Any) -> Any:
+    """What `probe_images` asks for, checked; None when it asks for nothing."""
+    if probe_images is not None and probe_batch is not None:
+        raise ConfigurationError("probe_batch and probe_images are two answers to one question: give one")
+    return None if probe_images is None else checked_choice(probe_images)
+
+
+def check_fit(trainer: Trainer, pl_module: LightningModule, module: str | None) -> None:
+    """Refuse a trainer and a module that the callback cannot work with, before anything is loaded."""
+    if trainer.barebones:
+        raise ConfigurationError(
+            "Trainer(barebones=True) switches everything off that costs time; GMARCallback is such a thing. "
+            "Remove one of the two."
+        )
+    if module is None and type(pl_module).forward is LightningModule.forward:
+        children = ", ".join(name for name, _ in pl_module.named_children()) or "none"
+        raise ConfigurationError(
+            f"{type(pl_module).__name__} defines no forward(images) -> logits. Name the classifier inside it "
+            f"with GMARCallback(module=...); its children: {children}"
+        )
+
+
+def check_module(pl_module: LightningModule, module: str | None) -> None:
+    """Refuse a path that leads to no submodule."""
+    try:
+        classifier_of(pl_module, module)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None

@@ -39,10 +39,9 @@ def chosen_probe(
     trainer: Trainer,
     pl_module: LightningModule,
     choice: Choice,
-    *,
     num_images: int,
-    module: str | None = None,
-    class_names: Sequence[str] | None = None,
+    module: str | None,
+    class_names: Sequence[str] | None,
     say: SayOnce,
 ) -> ProbeBatch:
     """The images that `probe_images` names; every process calls, and all of them get the same.
@@ -91,6 +90,13 @@ def chosen_probe(
             return agreed_probe(choose)
     except (ValueError, TypeError, ProbeError) as error:
         raise ConfigurationError(f"GMARCallback: {error}") from error
+
+
+def indices_of(choice: Choice, probe: ProbeBatch) -> list[int] | None:
+    """Which images "hardest" and "misclassified" came to: a resumed run keeps those of its beginning."""
+    if not isinstance(choice, str) or probe.names is None:
+        return None
+    return [int(name.removeprefix("image ")) for name in probe.names]
 
 
 def _ranked(

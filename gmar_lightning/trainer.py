@@ -160,9 +160,18 @@ def default_folder(trainer: Trainer, callback: Callback) -> Path:
     return Path(trainer.strategy.broadcast(str(folder)))
 
 
-def is_alone(trainer: Trainer, callback: Callback) -> bool:
-    """Whether there is no second callback of this kind."""
-    return len(_alike(trainer, callback)) == 1
+def state_of_same_run(
+    trainer: Trainer, callback: Callback, checkpoint: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The state in a checkpoint of this callback when it was set up otherwise; None where there is no doubt.
+
+    Lightning matches states by settings. A run that goes on with another interval, in another folder, or under
+    another default, is still the same run, as long as there is one callback of this kind on both sides.
+    """
+    states = checkpoint.get("callbacks", {})
+    ours = [state for key, state in states.items() if key.startswith(type(callback).__qualname__)]
+    unmatched = callback.state_key not in states and len(_alike(trainer, callback)) == 1
+    return ours[0] if unmatched and len(ours) == 1 else None
 
 
 def _alike(trainer: Trainer, callback: Callback) -> list[Callback]:

@@ -357,3 +357,25 @@ def test_one_image_without_labels_or_names(tmp_path, offline, dtype):
     pixels = np.asarray(Image.open(folder / "files" / row["gmar/heatmaps"]["filenames"][0]))
     assert pixels.std() > 10
     assert row["gmar/heatmaps"]["captions"][0].startswith("#0 ")
+
+
+def test_pictures_are_drawn_and_saved_only_when_they_are_due(tmp_path, monkeypatch):
+    from gmar_lightning.show import publisher
+
+    drawn = []
+    draw = publisher.pictures
+    monkeypatch.setattr(publisher, "pictures", lambda *args, **more: drawn.append(1) or draw(*args, **more))
+    callback = GMARCallback(
+        every_n_train_steps=1,
+        num_images=2,
+        num_heatmaps=1,
+        max_events=5,
+        save_dir=tmp_path / "g",
+        on_error="raise",
+    )
+    fit(tmp_path, False, callback, steps=20)
+    probes = len(History.load(tmp_path / "g").records)
+    assert probes == 20
+    assert 3 <= len(drawn) <= 6
+    assert len(list((tmp_path / "g" / "heatmaps").iterdir())) == len(drawn)
+    assert len(list((tmp_path / "g" / "maps").iterdir())) == probes  # the numbers behind them are all there

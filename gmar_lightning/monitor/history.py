@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -15,14 +14,20 @@ from gmar_lightning.monitor.disk import append_line, read_lines, write_atomicall
 from gmar_lightning.monitor.history_page import history_page
 from gmar_lightning.monitor.mapfiles import HEAD_MAP_BYTES, MapFiles
 from gmar_lightning.monitor.packing import SIGNALS
-from gmar_lightning.monitor.record import FORMAT, ProbeRecord, finite_only, head_counts
-from gmar_lightning.monitor.tables import GrowingArray
+from gmar_lightning.monitor.record import FORMAT, ProbeRecord, finite_only
+from gmar_lightning.monitor.runfile import (
+    check_next,
+    model_entries,
+    move_aside,
+    read_run,
+    with_first_segment,
+    write_run,
+)
+from gmar_lightning.monitor.tables import GrowingTables, fitted, frame_of, rows_of
 
-_RECORD_PARTS = ("run.json", "history.jsonl", "inputs", "maps", "head_maps", "heatmaps", "report.html")
-# What a running history keeps of each probe in memory; the rest is on disk, for `load`.
+# What a running history keeps of each probe in memory; `load` has the rest.
 _KEPT = ("importance", "contribution")
-# Entries of `run` that a segment has of its own.
-_OF_SEGMENT = ("labels", "num_images", "num_heatmaps")
+_OF_SEGMENT = ("labels", "num_images", "num_heatmaps")  # entries of `run` that a segment has of its own
 
 
 class History:
@@ -50,13 +55,12 @@ class History:
         head_map_bytes: int = HEAD_MAP_BYTES,
     ) -> None:
         self.dir, self.on_disk = Path(dir or ""), dir is not None
-        first = {"segment": 0, "fingerprint": run.get("fingerprint"), "from_step": 0}
-        self.run: dict[str, Any] = {"format": FORMAT, "layers": [], "heads": [], "segments": [first], **run}
+        self.run = with_first_segment(run)
         self.records: list[ProbeRecord] = list(records)
         self.segment: int = self.run["segments"][-1]["segment"]
         form = (self.run.get("settings") or {}).get("rollout") or "paper"
         self._files = MapFiles(self.dir, str(form), head_map_bytes)
-        self._tables: dict[str, GrowingArray] = {}
+        self._tables = GrowingTables()
 
     @classmethod
     def open(cls, folder: str | Path | None, run: Mapping[str, Any], resume_at: int | None = None) -> History:
@@ -96,8 +100,7 @@ class History:
         """
         folder = Path(dir)
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "run.json").exists():
-            _move_aside(folder)
+        move_aside(folder)
         history = cls(folder, run)
         history.update_run({})
         return history
@@ -110,15 +113,7 @@ class History:
             FileNotFoundError: No record in `dir`.
             ValueError: `run.json` is unreadable, or written by a newer version of this package.
         """
-        folder = Path(dir)
-        if not (folder / "run.json").is_file():
-            raise FileNotFoundError(f"no GMAR record in {folder}: run.json is missing")
-        try:
-            run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{folder / 'run.json'} is not valid JSON: {error}") from error
-        if not isinstance(run, dict) or run.get("format") not in (1, FORMAT):
-            raise ValueError(f"{folder / 'run.json'} is not a record of format 1 or {FORMAT}")
+        folder, run = Path(dir), read_run(Path(dir))
         heads = run.get("heads") or []
         lines = read_lines(folder / "history.jsonl", lambda line: ProbeRecord.from_json(line, heads))
         return cls(folder, run, [record for _, record in lines])
@@ -137,15 +132,15 @@ class History:
             ValueError: The probe does not come after the last one (call `rewind` first), or a signal has
                 another number of layers than the run.
         """
-        self._check(record)
+        check_next(record, self.records, len(self.layers))
         kept = record = replace(record, segment=record.segment or self.segment)
         try:
             if self.on_disk:
                 self._describe(record)
                 record = self._write(record)
-                slim = {name: _slim(record.signals[name]) for name in _KEPT if name in record.signals}
+                slim = {n: record.signals[n].astype(np.float32) for n in _KEPT if n in record.signals}
                 kept = replace(record, signals=slim)
-            elif record.importance is not None:
+            else:
                 self._describe(record)
         finally:
             self.records.append(replace(kept, maps={}, head_maps=None))
@@ -197,10 +192,7 @@ class History:
         """Change entries of `run.json`, for what is known only after the first probe."""
         self.run.update(changes)
         if self.on_disk:
-            text = json.dumps(
-                finite_only(self.run), ensure_ascii=False, indent=1, allow_nan=False, default=str
-            )
-            write_atomically(self.dir / "run.json", text.encode())
+            write_run(self.dir, self.run)
 
     def ends_of_segment(self, form: str) -> tuple[int, np.ndarray | None, np.ndarray | None]:
         """The present segment, and its first and last maps of a form, for those that go on with it."""
@@ -249,12 +241,10 @@ class History:
         return {**self.run, **changes}
 
     def values(self, name: str, step: int | None = None) -> np.ndarray:
-        """A signal per head: one of `packing.SIGNALS`, or `"shares"`.
-
-        A history that is being written keeps importance and contribution in memory; `load` has them all.
+        """A signal per head, at one step or of all probes; a running record leaves most of them on disk.
 
         Args:
-            name: For example `"entropy"`.
+            name: One of `packing.SIGNALS`, or `"shares"`.
             step: One probe, or None for all.
 
         Returns:
@@ -268,12 +258,7 @@ class History:
             raise KeyError(f"{name!r} is not one of shares, {', '.join(SIGNALS)}")
         if step is not None:
             return self.table(self._at(step), name)
-        known = self._tables.get(name)
-        if known is None or len(known) > len(self.records) or known.all.shape[1:] != self._shape():
-            known = self._tables[name] = GrowingArray(self._shape())
-        for record in self.records[len(known) :]:
-            known.append(self.table(record, name))
-        return known.all
+        return self._tables.filled(name, self._shape(), self.records, self.table)
 
     def importance(self, step: int | None = None) -> np.ndarray:
         """Raw importance `(layers, heads)` at `step`, or of all probes `(probes, layers, heads)`."""
@@ -312,22 +297,12 @@ class History:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One tidy row per probe and head: step, layer, head, importance, share, flagged, ..."""
-        others = [name for name in SIGNALS if any(name in record.signals for record in self.records)]
+        names = [name for name in SIGNALS if any(name in record.signals for record in self.records)]
         for record in self.records:
-            tables = {name: self.table(record, name) for name in (*others, "shares")}
-            for layer, width in enumerate(self.heads if record.importance is not None else []):
-                for head in range(width):
-                    yield {
-                        "step": record.step,
-                        "global_step": record.global_step,
-                        "epoch": record.epoch,
-                        "segment": record.segment,
-                        "layer": layer,
-                        "layer_name": self.layers[layer],
-                        "head": head,
-                        **{_singular(name): float(table[layer, head]) for name, table in tables.items()},
-                        "flagged": (layer, head) in record.flagged,
-                    }
+            tables = {name: self.table(record, name) for name in names}
+            tables["share"] = self.table(record, "shares")
+            if record.importance is not None:
+                yield from rows_of(record, self.layers, self.heads, tables)
 
     def to_pandas(self) -> Any:
         """`rows` as a `pandas.DataFrame`.
@@ -335,11 +310,7 @@ class History:
         Raises:
             ImportError: pandas is not installed.
         """
-        try:
-            pandas = importlib.import_module("pandas")
-        except ImportError as error:
-            raise ImportError("History.to_pandas needs pandas: pip install pandas") from error
-        return pandas.DataFrame(list(self.rows()))
+        return frame_of(self.rows())
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the last pictures, and every head over the probes."""
@@ -348,11 +319,7 @@ class History:
     def table(self, record: ProbeRecord, name: str) -> np.ndarray:
         """A record's signal `name` as `(layers, heads)` of this run, NaN where there is none."""
         table = record.shares if name == "shares" else record.signals.get(name)
-        whole = np.full(self._shape(), np.nan, dtype=np.float32)
-        if table is not None:
-            depth, width = min(len(table), len(whole)), min(table.shape[1], whole.shape[1])
-            whole[:depth, :width] = table[:depth, :width]
-        return whole
+        return fitted(table, self._shape())
 
     def _shape(self) -> tuple[int, int]:
         return len(self.heads), max(self.heads, default=0)
@@ -363,24 +330,9 @@ class History:
                 return record
         raise KeyError(f"no probe at step {step}")
 
-    def _check(self, record: ProbeRecord) -> None:
-        if self.records and record.position <= self.records[-1].position:
-            raise ValueError(
-                f"probe at global_step {record.global_step} does not come after the last recorded one "
-                f"({self.records[-1].global_step}); rewind the record first"
-            )
-        for name, table in record.signals.items():
-            if self.layers and len(table) != len(self.layers):
-                raise ValueError(f"{name} has {len(table)} layers, the run has {len(self.layers)}")
-
     def _describe(self, record: ProbeRecord) -> None:
-        """Say in `run.json` what only the first probe shows."""
-        if self.layers or record.importance is None:
-            return
-        changes: dict[str, Any] = {"layers": list(record.layers), "heads": head_counts(record.importance)}
-        if record.heatmaps is not None:
-            changes["grid"] = list(record.heatmaps.shape[1:])
-        self.update_run(changes)
+        if not self.layers and record.importance is not None:
+            self.update_run(model_entries(record))
 
     def _write(self, record: ProbeRecord) -> ProbeRecord:
         stem = self._files.stem(record)
@@ -396,20 +348,3 @@ class History:
 
     def _input_dir(self, segment: int) -> Path:
         return self.dir / "inputs" / f"segment_{segment:02d}" if segment else self.dir / "inputs"
-
-
-def _slim(table: np.ndarray) -> np.ndarray:
-    return np.asarray(table, dtype=np.float32)
-
-
-def _singular(name: str) -> str:
-    return "share" if name == "shares" else name
-
-
-def _move_aside(folder: Path) -> None:
-    number = 1 + max((int(path.name[9:]) for path in folder.glob("previous_[0-9]*")), default=0)
-    target = folder / f"previous_{number:02d}"
-    target.mkdir()
-    for name in _RECORD_PARTS:
-        if (folder / name).exists():
-            (folder / name).rename(target / name)

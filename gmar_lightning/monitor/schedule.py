@@ -47,3 +47,18 @@ class Every:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved counter."""
         self._last = int(state["last"])
+
+
+def repeats(last: tuple[int, int] | None, now: tuple[int, int]) -> bool:
+    """Whether a probe would see the model that the last one saw.
+
+    Steps 0 and 1 share an x: one probe. Lightning also repeats an x after a resume, but there a probe left out
+    would be a gap. Without a counted step the weights are the same, unless optimizers are stepped by hand.
+
+    Args:
+        last: Optimizer steps and the logger's x of the last probe; None before the first.
+        now: The same of the probe in question.
+    """
+    if last is None:
+        return False
+    return now <= last or now[0] == last[0] > 0 or (last[0] == 0 and now[1] <= last[1])

@@ -1,0 +1,261 @@
+"""What becomes of a run's probes on process zero: stored, shown, and acted upon."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+
+from gmar_lightning.monitor.drift import DriftTracker
+from gmar_lightning.monitor.events import HeadEvent
+from gmar_lightning.monitor.history import History
+from gmar_lightning.monitor.probe import ProbeBatch
+from gmar_lightning.monitor.processes import of_first_process
+from gmar_lightning.monitor.record import ProbeRecord
+from gmar_lightning.monitor.say import SayOnce
+from gmar_lightning.monitor.schedule import Every
+from gmar_lightning.monitor.settings import ProbeSettings
+from gmar_lightning.show.console import alarm_text
+from gmar_lightning.show.publisher import Display, Publisher
+from gmar_lightning.trainer import class_names_of, logged_metrics, photographs, planned_probes
+from gmar_lightning.version import __version__
+
+# What is worth waking up for.
+_ALARMS = ("collapsed", "layer_vanishing", "nonfinite")
+
+
+class Tolerance:
+    """What happens to an error that is not the training's: said once, or raised.
+
+    Args:
+        on_error: "raise" raises it, "warn" says it.
+        say: Says a sentence on the console, once.
+    """
+
+    def __init__(self, on_error: Literal["warn", "raise"], say: SayOnce) -> None:
+        self._raises, self._say = on_error == "raise", say
+
+    def run(self, what: str, action: Callable[[], object], step: int) -> None:
+        """Do it; `what` names it, where it fails.
+
+        Raises:
+            Exception: What went wrong, with `on_error="raise"`; but never that a disk is full or gone, which
+                is no mistake of the run.
+        """
+        try:
+            action()
+        except Exception as error:
+            if self._raises and not isinstance(error, OSError):
+                raise
+            self._say(
+                f"GMARCallback: {what} failed at step {step}, training goes on ({type(error).__name__}: {error})",
+                what,
+            )
+
+
+@dataclass(frozen=True)
+class Showing:
+    """The callback's arguments that say how a run is shown.
+
+    Attributes:
+        num_heatmaps: How many of the probe images are drawn.
+        mean: Channel means for display, or None.
+        std: Channel standard deviations, or None.
+        class_names: For captions, or None.
+        per_head: Whether every head gets a number.
+        max_events: Pictures of at most so many probes.
+    """
+
+    num_heatmaps: int
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    class_names: Sequence[str] | None
+    per_head: bool
+    max_events: int
+
+
+class Recording:
+    """The record and the display of one run; on all processes but the first there is neither.
+
+    Args:
+        tolerance: What happens where storing or showing fails.
+        history: The record, on the first process.
+        publisher: What shows it, likewise.
+    """
+
+    def __init__(
+        self, tolerance: Tolerance, history: History | None = None, publisher: Publisher | None = None
+    ) -> None:
+        self._tolerance, self._closed = tolerance, False
+        self.history, self.publisher = history, publisher
+
+    @classmethod
+    def open(
+        cls,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        probe: ProbeBatch,
+        showing: Showing,
+        *,
+        folder: Path | None,
+        settings: Mapping[str, Any],
+        schedule: Every,
+        resumed: bool,
+        say: SayOnce,
+        tolerance: Tolerance,
+    ) -> Recording:
+        """Start or continue the record, in memory alone where the folder cannot be used; save the photographs.
+
+        Args:
+            trainer: Its loggers are published to.
+            pl_module: Asked for class names, mean and standard deviation where there are none.
+            probe: The probe images.
+            showing: How the run is shown.
+            folder: Where; None keeps the record in memory.
+            settings: What the record says of the callback's settings.
+            schedule: How often a probe is due, from which follows how many there will be.
+            resumed: Whether a record in the folder is continued.
+            say: Says a sentence on the console, once.
+            tolerance: What happens where storing or showing fails.
+        """
+        if not trainer.is_global_zero:
+            return cls(tolerance)
+        if not trainer.loggers and folder is not None:
+            rank_zero_info(f"GMARCallback: no logger; the record goes to {folder}")
+        names = showing.class_names or class_names_of(trainer, pl_module)
+        run = {
+            "version": __version__,
+            "num_images": len(probe),
+            "num_heatmaps": min(showing.num_heatmaps, len(probe)),
+            "labels": None if probe.labels is None else probe.labels.tolist(),
+            "class_names": None if names is None else list(names),
+            "image_names": None if probe.names is None else list(probe.names),
+            "fingerprint": probe.fingerprint,
+            "settings": dict(settings),
+        }
+        try:
+            history = History.open(folder, run, trainer.global_step if resumed else None)
+        except (OSError, ValueError) as error:
+            say(f"GMARCallback: no record can be written to {folder} ({error}); the run goes on without it")
+            history = History.open(None, run)
+        images = probe.images[: showing.num_heatmaps]
+        pictures = photographs(trainer, pl_module, images, showing.mean, showing.std, say, probe.masks)
+        tolerance.run("the record", lambda: history.save_inputs(pictures), trainer.global_step)
+        planned = planned_probes(trainer, schedule.unit, schedule.interval)
+        display = Display(
+            images=pictures,
+            labels=history.segment_run(history.segment).get("labels"),
+            names=history.run.get("class_names"),
+            image_names=probe.names,
+            per_head=showing.per_head,
+            media_every=max(1, math.ceil((planned or 0) / showing.max_events)),
+        )
+        return cls(tolerance, history, Publisher(history, trainer.loggers, display, say))
+
+    def seam(self, form: str) -> tuple[int, DriftTracker]:
+        """Where the probes to come begin: their segment, and the maps that earlier ones of it had.
+
+        Every process tells how far maps have moved, so all of them get what the first one reads.
+        """
+        ends = of_first_process(None if self.history is None else self.history.ends_of_segment(form))
+        segment, first, last = (0, None, None) if ends is None else ends
+        return segment, DriftTracker(first, last)
+
+    def add(self, record: ProbeRecord) -> None:
+        """Store a probe and show it."""
+        self._closed = False  # a second `fit` of the same trainer goes on with the record
+        history, publisher = self.history, self.publisher
+        if history is not None:
+            self._tolerance.run("the record", lambda: history.append(record), record.step)
+        if publisher is not None:
+            self._tolerance.run("the display", lambda: publisher.show(record), record.step)
+
+    def alert(self, title: str, text: str) -> None:
+        """Send one alert to every logger that knows alerts."""
+        if self.publisher is not None:
+            self.publisher.alert(title, text)
+
+    def close(self, trainer: Trainer, counts: tuple[int, int], seconds: tuple[float, float]) -> None:
+        """Write the report, once, and say what the run was.
+
+        Args:
+            trainer: Prints, and says what was logged last.
+            counts: Probes taken, and failed among them.
+            seconds: Time spent in probes, and in the whole fit.
+        """
+        publisher = self.publisher
+        if self._closed or publisher is None or not publisher.history.records:
+            return
+        self._closed = True
+
+        def sum_up() -> None:
+            lines = publisher.close(metrics=logged_metrics(trainer), counts=counts, seconds=seconds)
+            trainer.print("\n".join(lines))
+
+        self._tolerance.run("the summary", sum_up, trainer.global_step)
+
+
+class Reaction:
+    """Acts on what the detector reports, on every process.
+
+    Args:
+        on_collapse: "warn", "alert" (the loggers' alert too), "stop" (graceful), or a callable
+            `(trainer, pl_module, events)`.
+    """
+
+    def __init__(self, on_collapse: Literal["warn", "alert", "stop"] | Callable[..., None]) -> None:
+        self._on_collapse = on_collapse
+        self._nonfinite = False
+
+    def to(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        events: Sequence[HeadEvent],
+        alert: Callable[[str, str], None],
+    ) -> None:
+        """React to one probe's events.
+
+        Args:
+            trainer: Stopped, with "stop".
+            pl_module: Handed to a callable.
+            events: What the detector reported.
+            alert: Sends title and text to the loggers.
+
+        Raises:
+            Exception: What the user's callable raises.
+        """
+        nonfinite = any(event.kind == "nonfinite" for event in events)
+        # Importance that stays broken is one alarm, not one for each probe.
+        repeated, self._nonfinite = nonfinite and self._nonfinite, nonfinite
+        alarms = [event for event in events if event.kind in _ALARMS and not repeated]
+        if not alarms:
+            return
+        if callable(self._on_collapse):
+            self._on_collapse(trainer, pl_module, alarms)
+            return
+        text = alarm_text(alarms)
+        rank_zero_warn(f"GMARCallback: {text}")
+        if self._on_collapse in ("alert", "stop"):
+            alert("GMAR: attention heads", text)
+        if self._on_collapse == "stop":
+            trainer.should_stop = True
+
+
+def described(settings: ProbeSettings, schedule: Every, num_images: int) -> dict[str, Any]:
+    """The callback's settings as the record and the loggers' configuration say them."""
+    return {
+        "every": f"{schedule.interval} {schedule.unit}s",
+        "num_images": num_images,
+        "num_heatmaps": settings.drawn,
+        "module": settings.module,
+        "target": str(settings.target) if callable(settings.target) else settings.target,
+        "norm": settings.norm,
+        "rollout": settings.rollout,
+        "residual": 1.0 if settings.residual is None else settings.residual,
+    }
