@@ -145,7 +145,7 @@ class GMARCallback(Callback):
         self.rollout: Rollout = rollout
         self.on_collapse: Literal["warn", "alert", "stop"] | Callable[..., None] = on_collapse
         self.on_error: Literal["warn", "raise"] = on_error
-        self.save_dir, self.verify = save_dir, verify
+        self.save_dir, self.verify, self._restored = save_dir, verify, None
         mean, std = check_display("mean", mean), check_display("std", std)
         self._showing = Showing(num_heatmaps, mean, std, class_names, log_per_head, max_events)
         self._fresh_detector = CollapseDetector() if detector == "default" else detector
@@ -160,15 +160,14 @@ class GMARCallback(Callback):
             faithfulness_every=faithfulness_every,
             drawn=num_heatmaps,
         )
-        self._restored: dict[str, Any] | None = None
         self._begin_run()
 
     def _begin_run(self) -> None:
         self._schedule.reset()
         self._say = SayOnce(rank_zero_warn)
         self._selftest = SelfTest(self.verify, self._say)
-        detector = copy.deepcopy(self._fresh_detector)
-        self._prober = Prober(self._settings, detector=detector, on_error=self.on_error, say=self._say)
+        fresh = copy.deepcopy(self._fresh_detector)
+        self._prober = Prober(self._settings, detector=fresh, on_error=self.on_error, say=self._say)
         self._tolerance = Tolerance(self.on_error, self._say)
         self._reaction = Reaction(self.on_collapse)
         self._recording = Recording(self._tolerance)
@@ -215,9 +214,8 @@ class GMARCallback(Callback):
         self._prober.settings = dataclasses.replace(self._prober.settings, precision=context)
         given = self._given
         if self._choice is not None:
-            choice = self._choice if self._indices is None else self._indices
-            shown = self._showing.class_names
-            given = chosen_probe(trainer, pl_module, choice, self.num_images, self.module, shown, self._say)
+            names, which = self._showing.class_names, self._indices or self._choice
+            given = chosen_probe(trainer, pl_module, which, self.num_images, self.module, names, self._say)
             self._indices = indices_of(self._choice, given)
         target = "predicted" if callable(self.target) else self.target
         probe = draw_images(
@@ -348,5 +346,5 @@ class GMARCallback(Callback):
         self._probe_seconds += time.monotonic() - started
 
     def _close(self, trainer: Trainer) -> None:
-        seconds = self._probe_seconds, time.monotonic() - self._fit_started
-        self._recording.close(trainer, (self._prober.taken, self._prober.failed), seconds)
+        prober, seconds = self._prober, (self._probe_seconds, time.monotonic() - self._fit_started)
+        self._recording.close(trainer, (prober.taken, prober.failed), seconds)

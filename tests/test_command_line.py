@@ -192,12 +192,23 @@ def test_workspace_wants_entity_and_project(capsys, project):
     assert "ENTITY/PROJECT" in err
 
 
-def test_workspace_without_network_is_one_sentence():
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"WANDB_API_KEY": ""},  # nobody is logged in
+        # wandb itself tries again and again before it gives a server up
+        pytest.param(
+            {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["without a login", "without network"],
+)
+def test_workspace_that_cannot_be_saved_is_one_sentence(settings, tmp_path):
     pytest.importorskip("wandb_workspaces")
     # In a process of its own: wandb leaves a service running that later runs would look for.
-    environment = {**os.environ, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    environment = {**os.environ, "HOME": str(tmp_path), **settings}
     command = [sys.executable, "-m", "gmar_lightning", "workspace", "somebody/something"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2
     assert len([line for line in done.stderr.splitlines() if "could not be saved" in line]) == 1
     assert "Traceback" not in done.stderr
