@@ -73,7 +73,8 @@ def test_every_service_kept_what_the_record_says(run):
     assert len(kept) == 7
     for name, found in kept.items():
         assert found["steps"] == steps, name
-        assert found["values"] == pytest.approx(effective.tolist(), rel=1e-6), name
+        # The record keeps four significant digits of importance; the loggers were given the number before that.
+        assert found["values"] == pytest.approx(effective.tolist(), rel=1e-4), name
         expected = {} if name == "CSVLogger" else {**dict.fromkeys(SHOWN, steps), "gmar/inputs": steps[:1]}
         assert found["pictures"] == expected, name
 
