@@ -14,6 +14,7 @@ from gmar_lightning.explain.attention import AttentionCall, Recording, recording
 from gmar_lightning.explain.errors import NoPictureError, UnsupportedModelError
 from gmar_lightning.explain.explained import Explained, check_images_apart, explained
 from gmar_lightning.explain.folding import check_over_tokens, fold_numbers, folded, is_plain
+from gmar_lightning.explain.head import check_class_scores
 from gmar_lightning.explain.inputs import Goal, batch_size, forward, image_key, padding_of
 from gmar_lightning.explain.kernel import NO_GRADS, Needs, Ticket
 from gmar_lightning.explain.mixing import check_apart
@@ -72,6 +73,8 @@ def measure(classifier: nn.Module, inputs: dict[str, Any], goal: Goal, form: For
         seen = explained(output, goal, batch)
         found.forget_unread_pool(seen.score)
         check_visible(found)
+        if seen.logits is not None:
+            check_class_scores(found, seen.logits, image)
         if not all(is_plain(call, batch) for call in found.calls):
             found.calls = folded(found.calls, batch, image)
             found.entered = tuple(x for x in (found.calls[0].values,) if x is not None)
