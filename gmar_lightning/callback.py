@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import os
 import time
@@ -29,6 +28,7 @@ from gmar_lightning.arguments import (
 from gmar_lightning.chosen import Choice, chosen_probe, indices_of
 from gmar_lightning.explain.gmar import check_form
 from gmar_lightning.explain.importance import Norm
+from gmar_lightning.explain.output import Output, check_output
 from gmar_lightning.explain.rollout import Rollout
 from gmar_lightning.monitor.collapse import CollapseDetector
 from gmar_lightning.monitor.probe import ProbeBatch
@@ -48,6 +48,7 @@ from gmar_lightning.trainer import (
     log_position,
     logged_metrics,
     not_state,
+    settings_of_run,
     silenced,
     state_of_run,
     state_of_same_run,
@@ -92,6 +93,7 @@ class GMARCallback(Callback):
         log_per_head: One scalar per head, hidden from automatic panels.
         max_events: Pictures of at most so many probes are logged; scalars always are.
         save_dir: Local record; `<trainer log dir>/gmar` when None.
+        output: As for `gmar`; None finds out, from metrics, losses and labels too.
         verify: Whether the first probe also copies the weights, to see whether the forward writes them.
 
     Raises:
@@ -124,12 +126,14 @@ class GMARCallback(Callback):
         save_dir: str | os.PathLike[str] | None = None,
         probe_images: str | os.PathLike[str] | Sequence[int] | None = None,
         verify: bool = True,
+        output: Output | None = None,
     ) -> None:
         super().__init__()
         steps = 100 if every_n_train_steps is None and every_n_epochs is None else every_n_train_steps
         try:
             self._schedule = Every(steps=steps, epochs=every_n_epochs)
             check_form(norm, rollout, residual, micro_batch_size)
+            check_output(output)
             self._given = given_probe(probe_batch)
             self._choice: Choice | None = given_choice(probe_images, probe_batch)
         except ValueError as error:
@@ -159,6 +163,7 @@ class GMARCallback(Callback):
             confirm=confirm,
             faithfulness_every=faithfulness_every,
             drawn=num_heatmaps,
+            output=output,
         )
         self._begin_run()
 
@@ -210,8 +215,7 @@ class GMARCallback(Callback):
         if restored is not None:
             self._continue_from(restored)
         self._trainer, self._fit_started = id(trainer), time.monotonic()
-        context = trainer.precision_plugin.forward_context  # of this trainer, one of several perhaps
-        self._prober.settings = dataclasses.replace(self._prober.settings, precision=context)
+        self._prober.settings = settings_of_run(trainer, pl_module, self._prober.settings)
         given = self._given
         if self._choice is not None:
             names, which = self._showing.class_names, self._indices or self._choice
@@ -239,9 +243,7 @@ class GMARCallback(Callback):
         if self._schedule.unit == "epoch" and self._schedule.due(trainer.current_epoch + 1):
             self._run_probe(trainer, pl_module, log_position(trainer, ended=True))
         elif self._schedule.unit == "step" and trainer.global_step == 0:
-            self._say(
-                "GMARCallback: an epoch went by and Lightning counted no optimizer step; use every_n_epochs"
-            )
+            self._say("GMARCallback: Lightning counted no optimizer step in an epoch; use every_n_epochs")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe the trained model, write the report, and say what the run was."""
@@ -293,8 +295,7 @@ class GMARCallback(Callback):
         changed = self._fingerprint is not None and self._fingerprint != probe.fingerprint
         if changed:
             self._say(
-                "GMARCallback: the validation set gives other probe images than before; the record starts a new "
-                "segment"
+                "GMARCallback: the probe images are others than before; the record starts a new segment"
             )
         self._fingerprint = probe.fingerprint
         self._folder = str(self.save_dir or self._folder or default_folder(trainer, self))
@@ -340,7 +341,7 @@ class GMARCallback(Callback):
             )
         if record.failure is None:
             trainer.callback_metrics.update(as_metrics(record))
-        self._recording.add(record)
+        self._recording.add(record, trainer.print)
         react = functools.partial(self._reaction.to, trainer, pl_module, record.events, self._recording.alert)
         self._tolerance.run("on_collapse", react, record.step)
         self._probe_seconds += time.monotonic() - started

@@ -67,7 +67,9 @@ HEADS = {
     "linear before the mean": lambda m, x: m.linear(x[:, 1:]).mean(1),
     "two layers": lambda m, x: m.linear(m.act(m.square(x[:, 0]))),
     "cosine": lambda m, x: 16 * F.linear(F.normalize(x[:, 0], dim=-1), F.normalize(m.prototypes, dim=-1)),
-    "cosine without a factor": lambda m, x: F.normalize(x[:, 0], dim=-1) @ F.normalize(m.prototypes, dim=-1).T,
+    "cosine without a factor": lambda m, x: (
+        F.normalize(x[:, 0], dim=-1) @ F.normalize(m.prototypes, dim=-1).T
+    ),
     "cosine by its function": lambda m, x: F.cosine_similarity(x[:, :1], m.prototypes, dim=-1),
     "weight norm": lambda m, x: m.normed(x[:, 0]),
     "temperature": lambda m, x: m.scale.exp() * m.linear(x[:, 0]),
@@ -80,7 +82,9 @@ HEADS = {
     "batch-normalised scores": lambda m, x: m.after(m.linear(x[:, 0])),
     "sum of two heads": lambda m, x: m.linear(x[:, 0]) + m.second(x[:, 0]),
     "two tokens": lambda m, x: (m.linear(x[:, 0]) + m.second(x[:, 1])) / 2,
-    "low-rank addition": lambda m, x: m.linear(x[:, 0]) + (x[:, 0] @ m.prototypes.T[:, :2]) @ m.prototypes[:, :2].T,
+    "low-rank addition": lambda m, x: (
+        m.linear(x[:, 0]) + (x[:, 0] @ m.prototypes.T[:, :2]) @ m.prototypes[:, :2].T
+    ),
     "convolution": lambda m, x: m.conv(x[:, 0, :, None, None]).flatten(1),
     "convolution before the mean": lambda m, x: m.conv(x[:, 1:].mT.unflatten(2, (4, 4))).mean((2, 3)),
     "distances": lambda m, x: -torch.cdist(x[:, 0], m.prototypes),
@@ -115,7 +119,13 @@ def test_features_of_an_embedding_are_explained_by_a_callable_target():
 TIMM = {
     "vit": {"embed_dim": 24, "depth": 2, "num_heads": 2},
     "mean and fc_norm": {"embed_dim": 24, "depth": 2, "num_heads": 2, "global_pool": "avg"},
-    "attention pool": {"embed_dim": 24, "depth": 2, "num_heads": 2, "global_pool": "map", "class_token": False},
+    "attention pool": {
+        "embed_dim": 24,
+        "depth": 2,
+        "num_heads": 2,
+        "global_pool": "map",
+        "class_token": False,
+    },
     "register tokens": {"embed_dim": 24, "depth": 2, "num_heads": 2, "reg_tokens": 2},
     "layer scale": {"embed_dim": 24, "depth": 2, "num_heads": 2, "init_values": 1e-5},
 }

@@ -1,15 +1,13 @@
 """How far a heatmap can be trusted: what happens to the prediction when the model loses what it marks.
 
 Every function takes a batch and returns one value per image; NaN for an image whose heatmap is not finite.
-"Probability" is the softmax probability of the explained class. A cell is one element of the heatmap's grid,
-removed as a whole. What removed cells are replaced by changes rankings between methods, so report it:
+"Probability" is that of the explained class: by softmax, unless the scores are of another kind (`output.kind_of`).
+A cell is one element of the heatmap's grid, removed as a whole. What replaces it changes rankings, so report it:
 
 - "black": pixel value 0 before normalisation (give `mean` and `std` if the images are normalised);
-- "mean": the image's own mean colour;
-- "blur": the image under a Gaussian blur as wide as a cell;
-- "attention": pixels stay, and no token attends to a removed patch any more, in any layer. Grey or blurred
-  patches are themselves something a Vision Transformer has not been trained on; hidden ones are just absent.
-  For models that read a class token or an attention pool; a mean over patch tokens is refused.
+- "mean", "blur": the image's own mean colour; the image under a Gaussian blur as wide as a cell;
+- "attention": pixels stay, and no token attends to a removed patch any more, in any layer. For models that read a
+  class token or an attention pool. A grey patch is itself something the model was not trained on, a hidden one is not.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmar_lightning.explain.gmar import gmar
+from gmar_lightning.explain.output import Output
 from gmar_lightning.explain.perturbation import (
     PIXEL_BASELINES,
     Baseline,
@@ -236,6 +235,7 @@ def faithfulness_per_image(
     baseline: Baseline = "mean",
     mean: Channels = None,
     std: Channels = None,
+    output: Output | None = None,
 ) -> dict[str, Tensor]:
     """Insertion minus deletion and average drop of a map, beside a random map and plain rollout.
 
@@ -257,6 +257,7 @@ def faithfulness_per_image(
         baseline: What removed cells show, the same for insertion and deletion.
         mean: Channel means that the images were normalised with; only "black" needs them.
         std: Channel standard deviations, likewise.
+        output: What the class scores are, as for `gmar`.
 
     Returns:
         `(batch,)` each: "insertion_minus_deletion" and "average_drop" of the map in question, and each with
@@ -267,8 +268,10 @@ def faithfulness_per_image(
         rollout = gmar(model, images, targets, norm="uniform", rollout="flow").heatmaps
     maps = {"": heatmaps, "_random": noise.to(heatmaps.device), "_rollout": rollout}
     values: dict[str, Tensor] = {}
-    with perturbing(model, images, heatmaps, targets, baseline=baseline, mean=mean, std=std) as probe:
-        shown = Perturbation(model, images, heatmaps, targets, "mean", mean, std)
+    with perturbing(
+        model, images, heatmaps, targets, baseline=baseline, mean=mean, std=std, output=output
+    ) as probe:
+        shown = Perturbation(model, images, heatmaps, targets, "mean", mean, std, output)
         for name, drawn in maps.items():
             area = probability_area(probe, drawn, steps, insert=True) - probability_area(
                 probe, drawn, steps, insert=False

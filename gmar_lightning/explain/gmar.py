@@ -23,6 +23,7 @@ from gmar_lightning.explain.isolation import undisturbed
 from gmar_lightning.explain.lifted import with_gradients_lifted
 from gmar_lightning.explain.measure import Measured, measure
 from gmar_lightning.explain.notebook import result_page
+from gmar_lightning.explain.output import Output, check_output, probabilities
 from gmar_lightning.explain.rollout import Rollout, forms_of, to_grid
 from gmar_lightning.explain.sweep import Form, HeadMaps
 from gmar_lightning.explain.tokens import TokenLayout
@@ -54,6 +55,7 @@ class GMARResult:
             asked for.
         scope: What the picture covers: "whole", "last stage, 7 x 7" (a rollout over the last layers that share one
             grid of the whole image; exact for those), or "none: " and the reason why `heatmaps` is None.
+        output: What the logits are, "logits", "probabilities" or "multilabel", see `gmar`; None when it is not known.
     """
 
     heatmaps: Tensor | None
@@ -68,6 +70,15 @@ class GMARResult:
     head_maps: Tensor | None = None
     signals: Mapping[str, Tensor] = field(default_factory=dict)
     scope: str = "whole"
+    output: Output | None = None
+
+    @property
+    def probabilities(self) -> Tensor | None:
+        """How probable each class is, `(batch, classes)`; None when it is not known what the logits are.
+
+        A single logit decides between two classes, and gets two columns.
+        """
+        return None if self.logits is None else probabilities(self.logits, self.output)
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the maps, the classes explained, and the heads."""
@@ -92,6 +103,7 @@ def gmar(
     module: str | None = None,
     signals: bool = False,
     head_maps: HeadMaps = False,
+    output: Output | None = None,
 ) -> GMARResult:
     """Explain a batch: one heatmap per image, one importance per attention head.
 
@@ -119,6 +131,9 @@ def gmar(
         head_maps: Also return what each head attends to: the row of its map that belongs to the readout (the mean
             of the pooled rows under mean pooling, the row of the attention pool before one), gated by the positive
             gradient; "plain" for the attention itself.
+        output: What the model returns for its classes: "logits" (softmax; sigmoid for a single one, whose sign is the
+            class), "probabilities" already, or "multilabel" (each label's sigmoid). None finds out where that is
+            certain (`output.kind_of`), and otherwise speaks of scores. Decides what is said, not what is explained.
 
     Returns:
         The explanation. Row i of a batch equals image i alone. Models without one set of tokens for all layers
@@ -132,6 +147,7 @@ def gmar(
     check_form(norm, rollout, residual, micro_batch_size)
     if head_maps not in (False, True, "plain"):
         raise ValueError(f'head_maps must be True, False or "plain", got {head_maps!r}')
+    check_output(output)
     form = Form(norm, forms_of(rollout), 1.0 if residual is None else residual, signals, head_maps)
     classifier = classifier_of(model, module)
     # Everything the forward could change is kept before the first line of it runs and put back on every
@@ -140,19 +156,21 @@ def gmar(
         inputs = model_inputs(classifier, images)
         batch = batch_size(inputs)
         goals = checked_targets(targets, batch)
-        explain = functools.partial(_explain, classifier, form=form)
+        explain = functools.partial(_explain, classifier, form=form, output=output)
         parts = micro_batches(inputs, goals, micro_batch_size or batch)
         # Tried as the model stands first; `no_grad` and `detach` inside its forward are lifted only when
         # that fails.
         return with_gradients_lifted(lambda: _joined([explain(*part) for part in parts]))
 
 
-def _explain(classifier: nn.Module, inputs: dict[str, Any], targets: Goal, *, form: Form) -> GMARResult:
-    seen = measure(classifier, inputs, targets, form)
+def _explain(
+    classifier: nn.Module, inputs: dict[str, Any], targets: Goal, *, form: Form, output: Output | None
+) -> GMARResult:
+    seen = measure(classifier, inputs, targets, form, output)
     # None: as many images as tokens, and nothing tells the two axes apart. Half the batch does.
     if seen is None:
         halves = micro_batches(inputs, targets, -(-batch_size(inputs) // 2))
-        return _joined([_explain(classifier, *half, form=form) for half in halves])
+        return _joined([_explain(classifier, *half, form=form, output=output) for half in halves])
     numbers, picture, score = seen.numbers, seen.picture, seen.explained.score
     maps = {}
     if seen.sweep is not None and picture is not None:
@@ -172,6 +190,7 @@ def _explain(classifier: nn.Module, inputs: dict[str, Any], targets: Goal, *, fo
         head_maps=_head_maps(seen) if form.head_maps else None,
         signals={name: _ragged([layer.signals[name] for layer in numbers]) for name in numbers[0].signals},
         scope=seen.scope,
+        output=seen.explained.kind,
     )
 
 

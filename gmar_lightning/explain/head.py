@@ -23,7 +23,7 @@ _ENDS_A_HIDDEN_LAYER = frozenset(
 _UNIT = 1e-4
 
 WAYS_OUT = (
-    "Name, with module=, a part whose forward ends in the class scores (backbone and head together), or leave module= "
+    "Name with module= a part whose forward ends in class scores (backbone and head together), or leave module= "
     "out if the whole model returns them. For an embedding, or with a head that lies outside, say what is explained "
     "with a callable target: gmar_lightning.targets.Similarity(embedding), or lambda output: head(output)[:, 3]."
 )
@@ -46,7 +46,9 @@ def check_class_scores(found: Recording, output: Tensor, image: Tensor | None) -
         UnsupportedModelError: Saying why these are features, and what to do.
     """
     last = found.calls[-1]
-    widths = {tokens.shape[-1] for tokens in found.trace.tokens.leaving} | {last.q.shape[1] * last.v.shape[-1]}
+    widths = {tokens.shape[-1] for tokens in found.trace.tokens.leaving} | {
+        last.q.shape[1] * last.v.shape[-1]
+    }
     why = _of_length_one(output)
     # One output per channel of the tokens, or per channel of several tokens side by side.
     if not why and any(output.shape[1] % width == 0 for width in widths if width > 1):
@@ -60,7 +62,11 @@ def check_class_scores(found: Recording, output: Tensor, image: Tensor | None) -
 
 def _of_length_one(output: Tensor) -> str:
     rows = output.detach().float()
-    unit = ((rows.norm(dim=-1) - 1).abs() < _UNIT).all() if output.dtype != torch.bfloat16 else torch.tensor(False)
+    unit = (
+        ((rows.norm(dim=-1) - 1).abs() < _UNIT).all()
+        if output.dtype != torch.bfloat16
+        else torch.tensor(False)
+    )
     # Sure probabilities have length 1 as well; of one or two outputs, length says nothing.
     return "an embedding, normalised to length 1" if output.shape[1] > 2 and unit and (rows < 0).any() else ""
 
@@ -72,7 +78,9 @@ def _without_classifier(found: Recording, output: Tensor, image: Tensor | None) 
         return ""
     passed, products = _up_to_products(output.grad_fn)
     sources = {image.grad_fn} if image is not None and image.grad_fn is not None else set[Any]()
-    sources |= {found.calls[0].edge.node} if found.calls[0].edge is not None and len(found.calls) > 1 else set()
+    sources |= (
+        {found.calls[0].edge.node} if found.calls[0].edge is not None and len(found.calls) > 1 else set()
+    )
     age = edge.node._sequence_nr()
     before = [node for node in (*passed, *products) if node.next_functions and node._sequence_nr() < age]
     channels = f"channels of the tokens behind {last.name} ({last.owner}), with no classifier after them"
@@ -121,7 +129,9 @@ def _compares(node: Any) -> bool:
     if name in ("LinalgVectorNorm", "Norm"):
         return node._saved_self.ndim == 3
     sums = name in ("Sum", "Mean") and len(node._saved_self_sym_sizes) == 3
-    return sums and any(_kind(parent) in ("Mul", "Sub", "Pow", "Abs", "Div") for parent, _ in node.next_functions)
+    return sums and any(
+        _kind(parent) in ("Mul", "Sub", "Pow", "Abs", "Div") for parent, _ in node.next_functions
+    )
 
 
 def _kind(node: Any) -> str:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from gmar_lightning.explain.output import predicted
+from gmar_lightning.monitor.class_scores import explained_classes, with_known_output
 from gmar_lightning.monitor.collapse import CollapseDetector
 from gmar_lightning.monitor.confirmation import confirm_by_ablation
 from gmar_lightning.monitor.drift import DriftTracker
@@ -149,6 +151,7 @@ class Prober:
         """The record with everything that the model has to be asked for."""
         assert self.probe is not None, "begin() hands over the images"
         explanation = self._explained(model, self.probe, record.step)
+        classes = explained_classes(model, self.probe, explanation, self.settings) if self.taken == 1 else ""
         signals = explanation.signals()
         events = self._judged(model, self.probe, record, explanation, signals)
         if explanation.scope != "whole":
@@ -160,6 +163,7 @@ class Prober:
             maps=explanation.maps,
             head_maps=explanation.head_maps,
             layers=explanation.layers,
+            classes=classes,
             scores=tuple(explanation.scores.tolist()),
             events=tuple(events),
             flagged=tuple(self.detector.flagged) if self.detector is not None else (),
@@ -168,7 +172,7 @@ class Prober:
         )
 
     def _explained(self, model: nn.Module, probe: ProbeBatch, step: int) -> Explanation:
-        explanation = explain_together(model, probe, self.settings)
+        explanation = with_known_output(explain_together(model, probe, self.settings), probe, self.settings)
         if explanation.out_of_memory:
             # What did not fit once will not fit the next time either.
             size = explanation.micro_batch_size
@@ -245,8 +249,8 @@ class Prober:
 def _context(explanation: Explanation, metrics: Mapping[str, float]) -> dict[str, float]:
     """What tells a model that shrinks from one that is sure, or that hardly learns any more."""
     context: dict[str, float] = {}
-    if explanation.logits is not None and explanation.targets is not None:
-        chances = torch.from_numpy(explanation.logits).softmax(-1).numpy()
+    chances = explanation.probabilities
+    if chances is not None and explanation.targets is not None:
         context["probability"] = float(chances[np.arange(len(chances)), explanation.targets].mean())
     # as LearningRateMonitor names them, one for each optimizer and group
     rates = [value for name, value in metrics.items() if name.startswith("lr-")]
@@ -257,9 +261,10 @@ def _classes(explanation: Explanation) -> dict[str, tuple[Any, ...]]:
     """What a record says of classes; nothing when the explained number is no class logit."""
     if explanation.logits is None or explanation.targets is None:
         return {}
-    probabilities = torch.from_numpy(explanation.logits).softmax(-1).numpy()
+    logits, chances = torch.from_numpy(explanation.logits), explanation.probabilities
+    unknown = np.full(len(logits), np.nan)
     return {
         "targets": tuple(explanation.targets.tolist()),
-        "predictions": tuple(explanation.logits.argmax(-1).tolist()),
-        "probabilities": tuple(probabilities.max(-1).tolist()),
+        "predictions": tuple(predicted(logits, explanation.output).tolist()),
+        "probabilities": tuple((unknown if chances is None else chances.max(-1)).tolist()),
     }
