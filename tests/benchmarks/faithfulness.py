@@ -21,7 +21,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from gmar_lightning.training.weights import load_weights
-from tests.benchmarks.scoring import collect, method_maps, score, table
+from tests.benchmarks.scoring import collect, method_maps, sanity, score, table
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
@@ -144,6 +144,7 @@ def main():
         part = masks[rows] if masks is not None else None
         options = {"steps": args.steps, "groups": args.groups, "attention": args.attention, "masks": part}
         collect(scores, score(model, images[rows], targets, maps, **options))
+        collect(scores, sanity(model, images[rows], targets, maps))
         if args.save:
             args.save.write_text(json.dumps({"scores": scores, "right": right, "done": start + len(targets)}))
     removal = (
