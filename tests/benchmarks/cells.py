@@ -3,9 +3,9 @@
     python -m tests.benchmarks.cells [--data cells] [--epochs 7]
 
 `cells`: one real digit sits in one of four cells, digits with shuffled pixels in the others. `watermark`: a coloured
-square in the corner of every digit tells the class. (`gmar_lightning.training.planted`; nothing is downloaded.) Prints,
-over training, accuracy and the share of each heatmap on the evidence; then, for the trained model, faithfulness and
-sanity of every method, weightings, and head scores against ablation. Minutes on a CPU.
+square in the corner of every digit tells the class (`gmar_lightning.training.planted`). Nothing is downloaded.
+Prints, over training, accuracy and the share of each heatmap on the evidence; then, for the trained model,
+faithfulness and sanity of every method, weightings, and head scores against ablation. Minutes on a CPU.
 """
 
 import argparse

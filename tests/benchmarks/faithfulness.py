@@ -30,7 +30,9 @@ def parser():
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_model_arguments(parse)
     parse.add_argument("--attention", action="store_true", help="hide tokens from attention, not pixels")
-    parse.add_argument("--steps", type=int, default=4, help="parts of insertion and deletion")
+    parse.add_argument(
+        "--steps", type=int, default=4, help="parts of insertion and deletion; 0: by masks and sanity"
+    )
     parse.add_argument("--groups", type=int, default=5, help="groups of SaCo; 0 leaves it out")
     parse.add_argument("--save", type=Path, help="per-image scores as JSON; continued when it exists")
     return parse

@@ -34,7 +34,10 @@ Scores = dict[str, dict[str, list[float]]]  # method -> metric -> one value per 
 
 def method_maps(model, images, targets, methods=METHODS):
     """Heatmaps of every method, `(batch, grid_h, grid_w)` each, random and centre prior first."""
-    drawn = {name: gmar(model, images, targets, **form).heatmaps for name, form in methods.items()}
+    norms = {form["norm"] for form in methods.values()}
+    forms = sorted({form["rollout"] for form in methods.values()})
+    found = {norm: gmar(model, images, targets, norm=norm, rollout=forms).maps for norm in norms}
+    drawn = {name: found[form["norm"]][form["rollout"]] for name, form in methods.items()}
     shape = next(iter(drawn.values())).shape
     # The seed is the images' content, so that no image meets the same noise as another and runs repeat.
     seed = int(images.double().abs().sum() * 1000) % 2**31
