@@ -6,8 +6,8 @@ A cell is one element of the heatmap's grid, removed as a whole. What replaces i
 
 - "black": pixel value 0 before normalisation (give `mean` and `std` if the images are normalised);
 - "mean", "blur": the image's own mean colour; the image under a Gaussian blur as wide as a cell;
-- "attention": pixels stay, and no token attends to a removed patch any more, in any layer. For models that read a
-  class token or an attention pool. A grey patch is itself something the model was not trained on, a hidden one is not.
+- "attention": pixels stay, and no token attends to a removed patch any more, in any layer; for models that read a
+  class token or an attention pool. A grey patch is something a model was not trained on, a hidden one is not there.
 """
 
 from __future__ import annotations
@@ -239,8 +239,7 @@ def faithfulness_per_image(
 ) -> dict[str, Tensor]:
     """Insertion minus deletion and average drop of a map, beside a random map and plain rollout.
 
-    Without the two beside it a number says little: an untrained model scores like random, and a centred
-    object is found by any map.
+    Alone a number says little: an untrained model scores like random, and any map finds a centred object.
 
     Cost per image: `6 steps - 1` forwards (29 for 5 steps), and a forward and a backward more when the rollout
     is not handed in; "attention" two more, since the average drop is then taken against "mean".
@@ -251,12 +250,11 @@ def faithfulness_per_image(
         targets: `(batch,)`, the classes explained.
         heatmaps: `(batch, grid_h, grid_w)`, the map in question.
         noise: `(batch, grid_h, grid_w)`, the random map of each image, see `random_maps`.
-        rollout: `(batch, grid_h, grid_w)`, plain attention rollout; None computes it with
-            `gmar(norm="uniform", rollout="flow")`.
-        steps: As for `insertion`.
+        rollout: `(batch, grid_h, grid_w)`, plain attention rollout; None computes it.
+        steps: As for `insertion`, and so `mean` and `std`.
         baseline: What removed cells show, the same for insertion and deletion.
-        mean: Channel means that the images were normalised with; only "black" needs them.
-        std: Channel standard deviations, likewise.
+        mean: Channel means.
+        std: Channel standard deviations.
         output: What the class scores are, as for `gmar`.
 
     Returns:
@@ -283,11 +281,7 @@ def faithfulness_per_image(
 
 
 def check_steps(steps: int) -> None:
-    """Check the number of parts that cells are added or removed in.
-
-    Raises:
-        ValueError: When it is not a positive integer.
-    """
+    """Refuse a number of parts, that cells are added or removed in, which is no positive integer."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
 
