@@ -14,8 +14,19 @@ Output = Literal["logits", "probabilities", "multilabel"]
 
 # How far a sum of probabilities may lie from 1: rounding, of bfloat16 too.
 _SUM = 4e-3
-# What changes the shape of a tensor and not its values.
-_SHAPES = ("View", "UnsafeView", "Squeeze", "Unsqueeze", "ReshapeAlias", "Alias", "Clone", "ToCopy")
+# What changes the shape of a tensor, or takes part of it, and not its values.
+_SHAPES = (
+    "Select",
+    "Slice",
+    "View",
+    "UnsafeView",
+    "Squeeze",
+    "Unsqueeze",
+    "ReshapeAlias",
+    "Alias",
+    "Clone",
+    "ToCopy",
+)
 
 
 def check_output(output: object) -> None:

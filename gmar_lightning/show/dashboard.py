@@ -92,10 +92,11 @@ def captions(
     lines = []
     for index, (prediction, p) in enumerate(zip(record.predictions, record.probabilities, strict=True)):
         truth = f"{_named(labels[index], names)} → " if labels is not None else ""
-        # Without a probability the score is what is known; records of old versions have none for broken logits.
-        said = f"score={record.scores[index]:.3g}" if math.isnan(p) and record.scores else f"p={p:.2f}"
+        said = f" p={p:.2f}"
+        if math.isnan(p):
+            said = f" score={record.scores[index]:.3g}" if record.scores else ""
         called = _called(image_names, index)
-        lines.append(f"#{index}{called} {truth}{_named(prediction, names)} {said} · step {record.step}")
+        lines.append(f"#{index}{called} {truth}{_named(prediction, names)}{said} · step {record.step}")
     return lines
 
 
