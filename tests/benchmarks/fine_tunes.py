@@ -142,11 +142,10 @@ def main() -> None:
     print("\n| planted | runs | named | cause right | delay in probes | innocent heads flagged | accuracy |")
     print("|---" * 7 + "|")
     for kind, rows in table.items():
-        named, right, false, delay, said, accuracy = zip(*rows, strict=True)
+        named, right, false, delay, _, accuracy = zip(*rows, strict=True)
         late = f"{np.median([d for d in delay if d >= 0]):.0f}" if any(named) else "-"
-        print(
-            f"| {kind} | {len(rows)} | {sum(named)} | {sum(right)} | {late} | {sum(false)} | {np.mean(accuracy):.2f} |"
-        )
+        counts = f"{len(rows)} | {sum(named)} | {sum(right)} | {late} | {sum(false)}"
+        print(f"| {kind} | {counts} | {np.mean(accuracy):.2f} |")
     print(
         "\nEvents:", {k: dict(Counter(s.split()[0] for r in rows for s in r[4])) for k, rows in table.items()}
     )
