@@ -128,7 +128,8 @@ class AttentionRules:
             # one value per layer, repeated over its heads
             kept = np.divide(margin, own, out=np.full(own.shape, np.nan), where=own > 0).max(axis=1)
             named = self._latches[rule.kind].active
-            return _where_it_begins(on.any(axis=1), kept, rule.kept, named), np.asarray(off.any(axis=1))
+            alike, off = np.asarray(on.any(axis=1)), np.asarray(off.any(axis=1))
+            return _where_it_begins(alike, kept, rule.kept, named), off
         return on, off
 
     def _event(
