@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.training_step import StepSignals, over_processes
 from gmar_lightning.monitor.collapse import CollapseDetector
 from gmar_lightning.monitor.confirmation import confirm_by_ablation
 from gmar_lightning.monitor.drift import DriftTracker
@@ -19,13 +21,18 @@ from gmar_lightning.monitor.events import HeadEvent
 from gmar_lightning.monitor.explanation import Explanation, explain_together
 from gmar_lightning.monitor.live import FAITHFULNESS, SANITY, measure_faithfulness
 from gmar_lightning.monitor.probe import ProbeBatch
-from gmar_lightning.monitor.processes import gathered, refused
+from gmar_lightning.monitor.processes import gathered, on_every_process, refused
 from gmar_lightning.monitor.record import ProbeRecord
 from gmar_lightning.monitor.say import SayOnce
 from gmar_lightning.monitor.settings import ProbeSettings
 
 # So many failures in a row, and no more probes are taken: what fails three times fails always.
 MOST_FAILURES = 3
+
+_NOTHING_SEEN = (
+    'no gradient came by an attention layer of the training step: read="step" sees calls of '
+    'scaled_dot_product_attention with outputs (batch, heads, tokens, width). Use read="probe"'
+)
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,54 @@ class Prober:
             self._failed_in_a_row = 0
         return replace(record, seconds=time.monotonic() - started)
 
+    def of_step(self, seen: StepSignals | None, moment: Moment, scaled: bool = False) -> ProbeRecord | None:
+        """Judge what a training step showed; nothing is asked of the model. Every process calls.
+
+        Args:
+            seen: What this process saw of the step.
+            moment: When this was.
+            scaled: Whether the loss was scaled for half precision: such a step may overflow, and is left out of
+                training then.
+
+        Returns:
+            The record, without maps and with `source="step"`; None for a scaled step that overflowed.
+
+        Raises:
+            Exception: What went wrong, with `on_error="raise"`.
+        """
+        record = ProbeRecord(
+            step=moment.step,
+            global_step=moment.global_step,
+            epoch=moment.epoch,
+            metrics=moment.metrics,
+            source="step",
+        )
+        try:
+            together = over_processes(on_every_process(lambda: _at_hand(seen)))
+            if together is None:
+                raise UnsupportedModelError(_NOTHING_SEEN)
+            if scaled and not together.finite:
+                return None
+            tables = {
+                "importance": together.importance.numpy(),
+                "contribution": together.contribution.numpy(),
+            }
+            events = self._events(record, tables, together.layers, _learning_rate(moment.metrics))
+        except Exception as error:
+            if self._on_error == "raise":
+                raise
+            self.taken += 1
+            self._note_failure(error, moment.step)
+            return replace(record, failure=f"{type(error).__name__}: {error}")
+        self.taken, self._failed_in_a_row = self.taken + 1, 0
+        return replace(
+            record,
+            signals=tables,
+            layers=together.layers,
+            events=tuple(events),
+            flagged=tuple(self.detector.flagged) if self.detector is not None else (),
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain values."""
         return {
@@ -188,12 +243,8 @@ class Prober:
         explanation: Explanation,
         signals: Mapping[str, np.ndarray],
     ) -> list[HeadEvent]:
-        if self.detector is None:
-            return []
-        step, others = record.step, {name: table for name, table in signals.items() if name != "importance"}
-        context = _context(explanation, record.metrics)
-        events = self.detector.update(step, signals["importance"], explanation.layers, others, context)
-        if not self.settings.confirm:
+        events = self._events(record, signals, explanation.layers, _context(explanation, record.metrics))
+        if self.detector is None or not self.settings.confirm:
             return events
         try:
             return confirm_by_ablation(
@@ -201,10 +252,22 @@ class Prober:
             )
         except Exception as error:
             self._say(
-                f"GMARCallback: the flags of step {step} could not be confirmed by ablation ({error})",
+                f"GMARCallback: the flags of step {record.step} could not be confirmed by ablation ({error})",
                 "confirm",
             )
             return events
+
+    def _events(
+        self,
+        record: ProbeRecord,
+        signals: Mapping[str, np.ndarray],
+        layers: tuple[str, ...],
+        context: Mapping[str, float],
+    ) -> list[HeadEvent]:
+        if self.detector is None:
+            return []
+        others = {name: table for name, table in signals.items() if name != "importance"}
+        return self.detector.update(record.step, signals["importance"], layers, others, context)
 
     def _drift_of(self, explanation: Explanation) -> Mapping[str, np.ndarray] | None:
         primary = next(iter(explanation.maps.values()), None)
@@ -248,9 +311,21 @@ def _context(explanation: Explanation, metrics: Mapping[str, float]) -> dict[str
     if explanation.logits is not None and explanation.targets is not None:
         chances = torch.from_numpy(explanation.logits).softmax(-1).numpy()
         context["probability"] = float(chances[np.arange(len(chances)), explanation.targets].mean())
+    return {**context, **_learning_rate(metrics)}
+
+
+def _learning_rate(metrics: Mapping[str, float]) -> dict[str, float]:
     # as LearningRateMonitor names them, one for each optimizer and group
     rates = [value for name, value in metrics.items() if name.startswith("lr-")]
-    return {**context, "learning_rate": max(rates)} if rates else context
+    return {"learning_rate": max(rates)} if rates else {}
+
+
+def _at_hand(seen: StepSignals | None) -> StepSignals | None:
+    """On the CPU, in the precision of the detector."""
+    if seen is None:
+        return None
+    importance, contribution = (table.double().cpu() for table in (seen.importance, seen.contribution))
+    return StepSignals(importance, contribution, seen.layers, seen.rows, seen.finite)
 
 
 def _classes(explanation: Explanation) -> dict[str, tuple[Any, ...]]:

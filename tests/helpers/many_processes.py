@@ -64,6 +64,8 @@ DDP_ROWS: dict[str, tuple[Callable[[], Classifier], dict[str, Any], dict[str, An
     "uneven probe": (Classifier, {}, {"num_images": 7, "micro_batch_size": 2}),
     "BatchNorm": (BatchNormHead, {}, {}),
     "failure on one process": (FailsOnOne, {}, {"on_error": "warn"}),
+    "an interval that adapts": (Classifier, {"max_epochs": 6}, {"every_n_train_steps": "auto"}),
+    "read off steps": (Classifier, {}, {"read": "step"}),
 }
 
 
@@ -73,9 +75,11 @@ def train(name: str, folder: Path) -> dict[str, Any]:
     settings = {"strategy": "ddp", "devices": 2, "max_epochs": 2, **trainer}
     place = folder / name.replace(" ", "_")
     made: list[Classifier] = []
+    at_first: dict[str, Any] = {}
 
     def kept() -> Classifier:
         made.append(module())
+        at_first.update(copy.deepcopy(made[-1].state_dict()))
         return made[-1]
 
     with_it, _, _ = run_and_digest(
@@ -83,8 +87,9 @@ def train(name: str, folder: Path) -> dict[str, Any]:
     )
     if dist.get_rank() == 0:
         torch.save(made[0].state_dict(), place / "last.pt")
+        torch.save(at_first, place / "first.pt")
     without, _, _ = run_and_digest(place, module, loaders, **settings)
-    return {"with": with_it, "without": without}
+    return {"with": with_it, "without": without, "first batch": made[0].order.indices[:4]}
 
 
 def explained(
