@@ -15,6 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from gmar_lightning.arguments import (
     ConfigurationError,
+    beside_primary,
     check_counts,
     check_display,
     check_faithfulness_every,
@@ -73,7 +74,8 @@ class GMARCallback(Callback):
         module: Dotted path of the classifier inside the LightningModule; None calls its forward.
         target: "predicted", "label", a class index, or a callable on the output (`gmar_lightning.targets`).
         norm: "l1", "l2" or "uniform", see `gmar`.
-        rollout: "gradient", "paper", "flow", "rollout" or "last_layer", see `gmar`.
+        rollout: "gradient", "paper", "flow", "rollout" or "last_layer", see `gmar`; the record keeps all of them.
+        log_rollouts: Forms whose pictures go to the loggers too, as `gmar/heatmaps_<form>`.
         residual: Weight of the residual path, 1 when None.
         micro_batch_size: Images per forward; None takes the whole probe at once.
         detector: The collapse detector; None switches it off.
@@ -125,6 +127,7 @@ class GMARCallback(Callback):
         save_dir: str | os.PathLike[str] | None = None,
         probe_images: str | os.PathLike[str] | Sequence[int] | None = None,
         verify: bool = True,
+        log_rollouts: Sequence[Rollout] = (),
         read: Source = "probe",
     ) -> None:
         super().__init__()
@@ -133,6 +136,7 @@ class GMARCallback(Callback):
             check_form(norm, rollout, residual, micro_batch_size)
             self._given = given_probe(probe_batch)
             self._choice: Choice | None = given_choice(probe_images, probe_batch)
+            beside = beside_primary(rollout, log_rollouts)
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
         check_counts(num_images=num_images, num_heatmaps=num_heatmaps, max_events=max_events)
@@ -148,7 +152,7 @@ class GMARCallback(Callback):
         self.on_error: Literal["warn", "raise"] = on_error
         self.save_dir, self.verify, self._restored = save_dir, verify, None
         mean, std = check_display("mean", mean), check_display("std", std)
-        self._showing = Showing(num_heatmaps, mean, std, class_names, log_per_head, max_events)
+        self._showing = Showing(num_heatmaps, mean, std, class_names, log_per_head, max_events, beside)
         self._fresh_detector = CollapseDetector() if detector == "default" else detector
         self._settings = ProbeSettings(
             target=target,
@@ -226,9 +230,7 @@ class GMARCallback(Callback):
                 self._run_probe(trainer, pl_module, log_position(trainer), first=True)
         self._schedule.begin(trainer.global_step, time.monotonic())
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """With `read="step"`: watch the batch if its step may be due."""
         if self._steps is not None:
             self._steps.before(trainer, pl_module)
@@ -238,9 +240,7 @@ class GMARCallback(Callback):
         if self._steps is not None and pl_module.automatic_optimization:
             self._steps.stop()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Probe when the step count has crossed a multiple of the interval."""
         if self._steps is not None:
             record = self._steps.after(trainer)

@@ -72,8 +72,7 @@ class ProbeTaker:
             which: Choice = indices or self._choice
             given = chosen_probe(trainer, pl_module, which, num_images, settings.module, names, self._say)
             indices = indices_of(self._choice, given)
-        target = "predicted" if callable(settings.target) else settings.target
-        probe = draw_images(trainer, pl_module, given, num_images=num_images, target=target, say=self._say)
+        probe = draw_images(trainer, pl_module, given, num_images, settings.target == "label", self._say)
         return probe, indices
 
     def take(

@@ -34,6 +34,7 @@ class Display:
         image_names: What captions call each image; None for its number alone.
         per_head: Whether every head gets a number.
         most_media: Pictures of at most so many probes.
+        rollouts: Forms of the map whose pictures are shown beside those of the primary one.
     """
 
     images: Sequence[np.ndarray] = ()
@@ -42,6 +43,7 @@ class Display:
     image_names: Sequence[str] | None = None
     per_head: bool = False
     most_media: int = 100
+    rollouts: Sequence[str] = ()
 
 
 class Publisher:
@@ -143,7 +145,7 @@ class Publisher:
         return lines + event_table(history.events)
 
     def _drawn(self, record: ProbeRecord) -> dict[str, Any]:
-        media = pictures(self.history, record, self.display.images)
+        media = pictures(self.history, record, self.display.images, self.display.rollouts)
         stored = self.history.records[-1]
         if stored.stored_maps is not None and len(media["heatmaps"]):
             self._guarded("the pictures", lambda: self.history.save_overlays(stored, media["heatmaps"]))
