@@ -83,8 +83,8 @@ class GMARCallback(Callback):
             callable `(trainer, pl_module, events)`, called on every process.
         confirm: Measure by ablation what newly flagged heads still contribute: five forwards over the probe
             images, and four with their backwards, at probes that flag, none at others.
-        faithfulness_every: When four maps are tested (`show.keys`; about 29 forwards, and two with their backwards,
-            per image): "ends" at the first and the last probe, a number after each so many more, None never.
+        faithfulness_every: When the maps are tested (`show.keys`; about 125 forwards, and a backward of the probe):
+            "ends" at the first and the last probe, a number after each so many more, None never.
         on_error: "warn" lets training go on after a failed probe, "raise" does not.
         mean: Channel means for display; found where possible, as `std` and `class_names`.
         std: Channel standard deviations for display.

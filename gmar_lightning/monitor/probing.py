@@ -203,7 +203,8 @@ class Prober:
     def _completed(self, model: nn.Module, record: ProbeRecord, last: bool) -> ProbeRecord:
         """The record with everything that the model has to be asked for."""
         assert self.probe is not None, "begin() hands over the images"
-        explanation = self._explained(model, self.probe, record.step)
+        due = self._maps_are_tested(last)
+        explanation = self._explained(model, self.probe, record.step, due)
         signals = explanation.signals()
         events = self._judged(model, self.probe, record, explanation, signals)
         if explanation.scope != "whole":
@@ -219,11 +220,17 @@ class Prober:
             events=tuple(events),
             flagged=tuple(self.detector.flagged) if self.detector is not None else (),
             drift=self._drift_of(explanation),
-            faithfulness=self._faithfulness(model, self.probe, record, explanation, last),
+            faithfulness=self._faithfulness(model, self.probe, record, explanation, due),
         )
 
-    def _explained(self, model: nn.Module, probe: ProbeBatch, step: int) -> Explanation:
-        explanation = explain_together(model, probe, self.settings)
+    def _maps_are_tested(self, last: bool) -> bool:
+        every = self.settings.faithfulness_every
+        if every is None:
+            return False
+        return self.taken == 1 or last if every == "ends" else (self.taken - 1) % every == 0
+
+    def _explained(self, model: nn.Module, probe: ProbeBatch, step: int, tested: bool) -> Explanation:
+        explanation = explain_together(model, probe, self.settings, runner_up=tested)
         if explanation.out_of_memory:
             # What did not fit once will not fit the next time either.
             size = explanation.micro_batch_size
@@ -274,14 +281,12 @@ class Prober:
         return None if primary is None else self._drift.compare(primary)
 
     def _faithfulness(
-        self, model: nn.Module, probe: ProbeBatch, record: ProbeRecord, explanation: Explanation, last: bool
+        self, model: nn.Module, probe: ProbeBatch, record: ProbeRecord, explanation: Explanation, due: bool
     ) -> dict[str, float] | None:
-        every = self.settings.faithfulness_every
-        if every is None:
+        if self.settings.faithfulness_every is None:
             return None
         # Always the same names: a CSV file has the columns of its first row.
         nothing = dict.fromkeys((*FAITHFULNESS, *SANITY), math.nan)
-        due = self.taken == 1 or last if every == "ends" else (self.taken - 1) % every == 0
         pictures = all(maps.ndim == 3 for maps in explanation.maps.values()) and bool(explanation.maps)
         if not due or not pictures or explanation.targets is None:
             return nothing
