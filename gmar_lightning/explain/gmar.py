@@ -53,6 +53,8 @@ class GMARResult:
             None unless asked for.
         signals: For each name of `signals.SIGNALS` (which defines them) a `(batch, layers, heads)`; empty unless
             asked for.
+        runner_up: The map of the first form for the runner-up class, shaped as `heatmaps`; None unless asked for, and
+            where there is no second class or `scope` is not "whole".
         scope: What the picture covers: "whole", "last stage, 7 x 7" (a rollout over the last layers that share one
             grid of the whole image; exact for those), or "none: " and the reason why `heatmaps` is None.
         output: What the logits are, "logits", "probabilities" or "multilabel", see `gmar`; None when it is not known.
@@ -69,6 +71,7 @@ class GMARResult:
     maps: Mapping[str, Tensor] = field(default_factory=dict)
     head_maps: Tensor | None = None
     signals: Mapping[str, Tensor] = field(default_factory=dict)
+    runner_up: Tensor | None = None
     scope: str = "whole"
     output: Output | None = None
 
@@ -103,6 +106,7 @@ def gmar(
     module: str | None = None,
     signals: bool = False,
     head_maps: HeadMaps = False,
+    runner_up: bool = False,
     output: Output | None = None,
 ) -> GMARResult:
     """Explain a batch: one heatmap per image, one importance per attention head.
@@ -131,6 +135,8 @@ def gmar(
         head_maps: Also return what each head attends to: the row of its map that belongs to the readout (the mean
             of the pooled rows under mean pooling, the row of the attention pool before one), gated by the positive
             gradient; "plain" for the attention itself.
+        runner_up: Also return the map of the most probable class beside the explained one, for one more backward
+            through the same graph: a map that is the same for both is blind to the class.
         output: What the model returns for its classes: "logits" (softmax; sigmoid for a single one, whose sign is the
             class), "probabilities" already, or "multilabel" (each label's sigmoid). None finds out where that is
             certain (`output.kind_of`), and otherwise speaks of scores. Decides what is said, not what is explained.
@@ -144,11 +150,11 @@ def gmar(
         UnsupportedModelError: When the picture cannot be derived; says what was seen.
         ValueError: For arguments that do not fit.
     """
-    check_form(norm, rollout, residual, micro_batch_size)
+    check_form(norm, rollout, residual, micro_batch_size, output)
     if head_maps not in (False, True, "plain"):
         raise ValueError(f'head_maps must be True, False or "plain", got {head_maps!r}')
-    check_output(output)
-    form = Form(norm, forms_of(rollout), 1.0 if residual is None else residual, signals, head_maps)
+    factor = 1.0 if residual is None else residual
+    form = Form(norm, forms_of(rollout), factor, signals, head_maps, runner_up)
     classifier = classifier_of(model, module)
     # Everything the forward could change is kept before the first line of it runs and put back on every
     # exit.
@@ -172,11 +178,11 @@ def _explain(
         halves = micro_batches(inputs, targets, -(-batch_size(inputs) // 2))
         return _joined([_explain(classifier, *half, form=form, output=output) for half in halves])
     numbers, picture, score = seen.numbers, seen.picture, seen.explained.score
-    maps = {}
+    maps, other = {}, None
     if seen.sweep is not None and picture is not None:
-        maps = {
-            name: _folded(row, picture.layout, picture.padding) for name, row in seen.sweep.maps().items()
-        }
+        fold = functools.partial(_folded, layout=picture.layout, padding=picture.padding)
+        maps = {name: fold(row) for name, row in seen.sweep.maps().items()}
+        other = None if seen.runner_up is None else fold(seen.runner_up)
     return GMARResult(
         heatmaps=maps.get(form.rollouts[0]),
         importance=_ragged([layer.importance for layer in numbers]),
@@ -189,6 +195,7 @@ def _explain(
         maps=maps,
         head_maps=_head_maps(seen) if form.head_maps else None,
         signals={name: _ragged([layer.signals[name] for layer in numbers]) for name in numbers[0].signals},
+        runner_up=other,
         scope=seen.scope,
         output=seen.explained.kind,
     )
@@ -247,9 +254,13 @@ def _ragged(per_layer: list[Tensor]) -> Tensor:
 
 
 def check_form(
-    norm: str, rollout: Rollout | Sequence[Rollout], residual: float | None, micro_batch_size: int | None
+    norm: str,
+    rollout: Rollout | Sequence[Rollout],
+    residual: float | None,
+    micro_batch_size: int | None,
+    output: Output | None = None,
 ) -> None:
-    """Check the arguments that choose the form of the explanation.
+    """Check the arguments that choose the form of the explanation, and say what the output is.
 
     Raises:
         ValueError: With the allowed values.
@@ -257,6 +268,7 @@ def check_form(
     if norm not in get_args(Norm):
         raise ValueError(f"norm={norm!r} is unknown; choose one of {', '.join(map(repr, get_args(Norm)))}")
     forms_of(rollout)
+    check_output(output)
     if residual is not None and not residual >= 0:
         raise ValueError(f"residual must be >= 0, got {residual}")
     if micro_batch_size is not None and micro_batch_size < 1:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules import module as module_hooks
@@ -13,6 +15,7 @@ from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.head import WAYS_OUT
 from gmar_lightning.explain.inputs import classifier_of, forward, logits_of, model_inputs
 from gmar_lightning.explain.isolation import undisturbed
+from gmar_lightning.explain.output import predicted
 from gmar_lightning.monitor.explanation import Explanation
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.settings import ProbeSettings
@@ -25,6 +28,19 @@ def with_known_output(explanation: Explanation, probe: ProbeBatch, settings: Pro
     # Labels are class indices here (`monitor.batches`): one class holds, which is what a softmax says.
     by_labels = None if probe.labels is None else "logits"
     return replace(explanation, output=settings.known.output or by_labels)
+
+
+def recorded_classes(explanation: Explanation) -> dict[str, tuple[Any, ...]]:
+    """What a record says of classes; nothing when the explained number is no class logit."""
+    if explanation.logits is None or explanation.targets is None:
+        return {}
+    logits, chances = torch.from_numpy(explanation.logits), explanation.probabilities
+    unknown = np.full(len(logits), np.nan)
+    return {
+        "targets": tuple(explanation.targets.tolist()),
+        "predictions": tuple(predicted(logits, explanation.output).tolist()),
+        "probabilities": tuple((unknown if chances is None else chances.max(-1)).tolist()),
+    }
 
 
 def explained_classes(
