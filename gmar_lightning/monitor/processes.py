@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from gmar_lightning.explain.errors import UnsupportedModelError
-from gmar_lightning.monitor.sharded import Gathering, units_of
+from gmar_lightning.monitor.sharded import Gathering, check_weights, units_of
 
 Result = TypeVar("Result")
 
@@ -147,7 +147,11 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: The model; every process must enter and leave together.
+
+    Raises:
+        UnsupportedModelError: When weights are cut up otherwise (tensor parallelism, DeepSpeed).
     """
+    check_weights(model)
     with ExitStack() as stack:
         if dist.is_available() and dist.is_initialized():
             units = units_of(model)

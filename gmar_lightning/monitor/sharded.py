@@ -19,10 +19,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.structure import gates_open_in, when_gates_are_open
 from gmar_lightning.explain.trace import in_backward
 
 _NOTHING = -1
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse weights that are cut up in a way that gathering units does not undo.
+
+    Raises:
+        UnsupportedModelError: Naming the parameter.
+    """
+    kinds = [kind.__name__ for part in model.modules() for kind in type(part).__mro__]
+    for name, weight in model.named_parameters():
+        why = None
+        placements = getattr(weight, "placements", ())
+        # FSDP 2 shards along one axis of the mesh, and may repeat along another; a second one is tensor parallelism.
+        if sum(place.is_shard() for place in placements) > ("FSDPModule" in kinds):
+            why = "is split between processes by tensor parallelism, so that no process sees whole attention maps"
+        elif hasattr(weight, "ds_id"):
+            why = "is partitioned by DeepSpeed (ZeRO stage 3)"
+        if why is not None:
+            raise UnsupportedModelError(
+                f"{name} {why}. Sharding by FSDP (FullyShardedDataParallel or fully_shard) is supported."
+            )
 
 
 class Unit:
@@ -149,6 +171,9 @@ class Gathering:
         self._let_go()
         while self._round(unit.number) != unit.number:
             pass
+        if in_backward():
+            # Let go when this backward ends, wherever it ends.
+            torch.autograd.Variable._execution_engine.queue_callback(self._let_go)
 
     def _round(self, wish: int) -> int | None:
         """Gather what the first process that wishes for something wants; None when nobody wants anything."""
@@ -193,10 +218,7 @@ class Gathering:
         if isinstance(packed, Tensor):
             return packed
         unit, tensor = packed
-        if unit not in self._held:
-            self._hold(unit)
-            # Let go when this backward ends, wherever it ends.
-            torch.autograd.Variable._execution_engine.queue_callback(self._let_go)
+        self._hold(unit)
         return tensor
 
 
@@ -222,10 +244,11 @@ def _hooks_at_rest(unit: Unit) -> Iterator[None]:
 
 @contextmanager
 def _forward_through(unit: Unit, wrapper: Callable[..., Any]) -> Iterator[None]:
-    """Another forward for a module; the instance attribute hides the method of its class, and leaves without a trace."""
+    """Another forward for a module: an instance attribute, which hides the method of its class."""
     attributes = vars(unit.module)
     before = {key: value for key, value in attributes.items() if key == "forward"}
-    inner = unit.module.module.__call__ if _is_version_1(unit.module) else unit.module.forward
+    module: Any = unit.module
+    inner = module.module.__call__ if _is_version_1(module) else module.forward
     attributes["forward"] = functools.partial(wrapper, inner)
     try:
         yield
