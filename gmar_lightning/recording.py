@@ -11,6 +11,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from gmar_lightning.monitor.attention_kinds import RULES
 from gmar_lightning.monitor.drift import DriftTracker
 from gmar_lightning.monitor.events import HeadEvent
 from gmar_lightning.monitor.history import History
@@ -25,8 +26,9 @@ from gmar_lightning.show.publisher import Display, Publisher
 from gmar_lightning.trainer import class_names_of, logged_metrics, photographs, planned_probes
 from gmar_lightning.version import __version__
 
-# What is worth waking up for.
+# What is worth stopping for, and what is worth a word: attention can degenerate in a model that still learns.
 _ALARMS = ("collapsed", "layer_vanishing", "nonfinite")
+_WARNINGS = tuple(rule.kind for rule in RULES)
 
 
 class Tolerance:
@@ -69,6 +71,7 @@ class Showing:
         class_names: For captions, or None.
         per_head: Whether every head gets a number.
         max_events: Pictures of at most so many probes.
+        rollouts: Forms of the map that loggers get beside the primary one.
     """
 
     num_heatmaps: int
@@ -77,6 +80,7 @@ class Showing:
     class_names: Sequence[str] | None
     per_head: bool
     max_events: int
+    rollouts: Sequence[str] = ()
 
 
 class Recording:
@@ -154,6 +158,7 @@ class Recording:
             image_names=probe.names,
             per_head=showing.per_head,
             media_every=max(1, math.ceil((planned or 0) / showing.max_events)),
+            rollouts=showing.rollouts,
         )
         return cls(tolerance, history, Publisher(history, trainer.loggers, display, say))
 
@@ -203,6 +208,10 @@ class Recording:
 class Reaction:
     """Acts on what the detector reports, on every process.
 
+    Collapsed heads, vanished layers and importance that is not finite are alarms. Attention that degenerates
+    (`attention_kinds.RULES`) is warned of and goes with the loggers' alerts, but never stops a run and never
+    calls a callable written for collapses.
+
     Args:
         on_collapse: "warn", "alert" (the loggers' alert too), "stop" (graceful), or a callable
             `(trainer, pl_module, events)`.
@@ -234,16 +243,18 @@ class Reaction:
         # Importance that stays broken is one alarm, not one for each probe.
         repeated, self._nonfinite = nonfinite and self._nonfinite, nonfinite
         alarms = [event for event in events if event.kind in _ALARMS and not repeated]
-        if not alarms:
-            return
+        said = [event for event in events if event in alarms or event.kind in _WARNINGS]
         if callable(self._on_collapse):
-            self._on_collapse(trainer, pl_module, alarms)
+            said = [event for event in said if event not in alarms]  # those are the callable's
+            if alarms:
+                self._on_collapse(trainer, pl_module, alarms)
+        if not said:
             return
-        text = alarm_text(alarms)
+        text = alarm_text(said)
         rank_zero_warn(f"GMARCallback: {text}")
         if self._on_collapse in ("alert", "stop"):
             alert("GMAR: attention heads", text)
-        if self._on_collapse == "stop":
+        if self._on_collapse == "stop" and alarms:
             trainer.should_stop = True
 
 
