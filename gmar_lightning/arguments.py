@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
 from gmar_lightning.explain.inputs import classifier_of
+from gmar_lightning.explain.rollout import Rollout, forms_of
 from gmar_lightning.monitor.batches import masks_of, unpack_batch
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.selection import checked_choice
@@ -38,6 +39,23 @@ def check_choice(name: str, value: Any, allowed: Sequence[str], other: str = "")
     if not isinstance(value, str) or value not in allowed:
         choices = ", ".join(map(repr, allowed))
         raise ConfigurationError(f"{name}={value!r} is unknown; choose one of {choices} {other}".rstrip())
+
+
+def check_reactions(on_error: Any, on_collapse: Any) -> None:
+    """Refuse what is no reaction to a failed probe, or to heads that collapse."""
+    check_choice("on_error", on_error, ("warn", "raise"))
+    if not callable(on_collapse):
+        check_choice("on_collapse", on_collapse, ("warn", "alert", "stop"), "or a callable")
+
+
+def beside_primary(rollout: Rollout, others: Any) -> tuple[Rollout, ...]:
+    """The forms to log beside the primary one, which is logged anyway.
+
+    Raises:
+        ValueError: With the forms that exist.
+    """
+    asked: tuple[Any, ...] = (others,) if isinstance(others, str) else tuple(others)
+    return forms_of((rollout, *asked))[1:]
 
 
 def check_target(target: Any, probe: ProbeBatch | None) -> None:

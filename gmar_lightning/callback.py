@@ -16,12 +16,13 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from gmar_lightning.arguments import (
     ConfigurationError,
-    check_choice,
+    beside_primary,
     check_counts,
     check_display,
     check_faithfulness_every,
     check_fit,
     check_module,
+    check_reactions,
     check_target,
     given_choice,
     given_probe,
@@ -75,7 +76,8 @@ class GMARCallback(Callback):
         module: Dotted path of the classifier inside the LightningModule; None calls its forward.
         target: "predicted", "label", a class index, or a callable on the output (`gmar_lightning.targets`).
         norm: "l1", "l2" or "uniform", see `gmar`.
-        rollout: "gradient", "paper", "flow", "rollout" or "last_layer", see `gmar`.
+        rollout: "gradient", "paper", "flow", "rollout" or "last_layer", see `gmar`; the record keeps all of them.
+        log_rollouts: Forms whose pictures go to the loggers too, as `gmar/heatmaps_<form>`.
         residual: Weight of the residual path, 1 when None.
         micro_batch_size: Images per forward; None takes the whole probe at once.
         detector: The collapse detector; None switches it off.
@@ -124,6 +126,7 @@ class GMARCallback(Callback):
         save_dir: str | os.PathLike[str] | None = None,
         probe_images: str | os.PathLike[str] | Sequence[int] | None = None,
         verify: bool = True,
+        log_rollouts: Sequence[Rollout] = (),
     ) -> None:
         super().__init__()
         steps = 100 if every_n_train_steps is None and every_n_epochs is None else every_n_train_steps
@@ -132,13 +135,12 @@ class GMARCallback(Callback):
             check_form(norm, rollout, residual, micro_batch_size)
             self._given = given_probe(probe_batch)
             self._choice: Choice | None = given_choice(probe_images, probe_batch)
+            beside = beside_primary(rollout, log_rollouts)
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
         check_counts(num_images=num_images, num_heatmaps=num_heatmaps, max_events=max_events)
         check_faithfulness_every(faithfulness_every)
-        check_choice("on_error", on_error, ("warn", "raise"))
-        if not callable(on_collapse):
-            check_choice("on_collapse", on_collapse, ("warn", "alert", "stop"), "or a callable")
+        check_reactions(on_error, on_collapse)
         check_target(target, self._given)
         self.num_images, self.module, self.target = num_images, module, target
         self.norm: Norm = norm
@@ -147,7 +149,7 @@ class GMARCallback(Callback):
         self.on_error: Literal["warn", "raise"] = on_error
         self.save_dir, self.verify, self._restored = save_dir, verify, None
         mean, std = check_display("mean", mean), check_display("std", std)
-        self._showing = Showing(num_heatmaps, mean, std, class_names, log_per_head, max_events)
+        self._showing = Showing(num_heatmaps, mean, std, class_names, log_per_head, max_events, beside)
         self._fresh_detector = CollapseDetector() if detector == "default" else detector
         self._settings = ProbeSettings(
             target=target,
@@ -217,10 +219,8 @@ class GMARCallback(Callback):
             names, which = self._showing.class_names, self._indices or self._choice
             given = chosen_probe(trainer, pl_module, which, self.num_images, self.module, names, self._say)
             self._indices = indices_of(self._choice, given)
-        target = "predicted" if callable(self.target) else self.target
-        probe = draw_images(
-            trainer, pl_module, given, num_images=self.num_images, target=target, say=self._say
-        )
+        needs_labels = self.target == "label"
+        probe = draw_images(trainer, pl_module, given, self.num_images, needs_labels, self._say)
         self._open_record(trainer, pl_module, probe, resumed=restored is not None)
         if self._last_probe is None:
             started_at = trainer.global_step if self._schedule.unit == "step" else trainer.current_epoch

@@ -69,6 +69,7 @@ class Showing:
         class_names: For captions, or None.
         per_head: Whether every head gets a number.
         max_events: Pictures of at most so many probes.
+        rollouts: Forms of the map that loggers get beside the primary one.
     """
 
     num_heatmaps: int
@@ -77,6 +78,7 @@ class Showing:
     class_names: Sequence[str] | None
     per_head: bool
     max_events: int
+    rollouts: Sequence[str] = ()
 
 
 class Recording:
@@ -154,6 +156,7 @@ class Recording:
             image_names=probe.names,
             per_head=showing.per_head,
             media_every=max(1, math.ceil((planned or 0) / showing.max_events)),
+            rollouts=showing.rollouts,
         )
         return cls(tolerance, history, Publisher(history, trainer.loggers, display, say))
 

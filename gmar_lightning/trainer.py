@@ -28,9 +28,8 @@ def draw_images(
     trainer: Trainer,
     pl_module: LightningModule,
     given: ProbeBatch | None,
-    *,
     num_images: int,
-    target: str | int,
+    needs_labels: bool,
     say: SayOnce,
 ) -> ProbeBatch:
     """The probe images: the user's own, or drawn from the validation set.
@@ -49,7 +48,7 @@ def draw_images(
         )
     if given is None and len(probe) < num_images:
         say(f"GMARCallback: num_images={num_images}, but the validation set has {len(probe)}; using all")
-    if target == "label" and probe.labels is None:
+    if needs_labels and probe.labels is None:
         raise ConfigurationError(
             'target="label" needs labels, and the validation batches have none; use target="predicted" or '
             "pass probe_batch=(images, labels)"

@@ -37,6 +37,8 @@ from tests.helpers.tiny import CLASSES, SIZE, Classifier, Images, fit, images_of
         ({"micro_batch_size": 0}, "micro_batch_size"),
         ({"norm": "l3"}, "l1.*l2.*uniform"),
         ({"rollout": "max"}, "gradient.*flow"),
+        ({"log_rollouts": ["paper", "max"]}, "'max' is unknown.*gradient.*flow"),
+        ({"log_rollouts": "max"}, "'max' is unknown.*gradient.*flow"),
         (
             {"target": "best"},
             r"target='best' is unknown; choose one of 'predicted', 'label' or a class index",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 from gmar_lightning import History
 from gmar_lightning.monitor.explanation import explain_together
@@ -27,23 +28,33 @@ pytestmark = pytest.mark.distributed
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder and the results of both processes; a deadlock ends in a timeout."""
     folder = tmp_path_factory.mktemp("two")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.many_processes", str(folder)],
-        cwd=Path(__file__).parent.parent,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(find_free_network_port()),
+        "WORLD_SIZE": "2",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.helpers.many_processes", str(folder)],
+            cwd=Path(__file__).parent.parent,
+            env={**environment, "LOCAL_RANK": str(rank)},
+            stdout=(folder / f"output_{rank}.txt").open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in (0, 1)
+    ]
     try:
-        output, _ = process.communicate(timeout=280)
+        codes = [process.wait(timeout=280) for process in processes]
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        output, _ = process.communicate()
-        pytest.fail(f"deadlock:\n{output[-4000:]}")
-    assert process.returncode == 0, output[-4000:]
+        codes = ["deadlock"]
+    finally:
+        for process in processes:
+            process.kill()
+    output = "\n".join((folder / f"output_{rank}.txt").read_text()[-3000:] for rank in (0, 1))
+    assert codes == [0, 0], f"{codes}\n{output}"
     return folder, [json.loads((folder / f"results_{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -134,17 +134,22 @@ def gmar(
         raise ValueError(f'head_maps must be True, False or "plain", got {head_maps!r}')
     form = Form(norm, forms_of(rollout), 1.0 if residual is None else residual, signals, head_maps)
     classifier = classifier_of(model, module)
+    # Everything the forward could change is kept before the first line of it runs and put back on every
+    # exit.
     with undisturbed(classifier):
         inputs = model_inputs(classifier, images)
         batch = batch_size(inputs)
         goals = checked_targets(targets, batch)
         explain = functools.partial(_explain, classifier, form=form)
         parts = micro_batches(inputs, goals, micro_batch_size or batch)
+        # Tried as the model stands first; `no_grad` and `detach` inside its forward are lifted only when
+        # that fails.
         return with_gradients_lifted(lambda: _joined([explain(*part) for part in parts]))
 
 
 def _explain(classifier: nn.Module, inputs: dict[str, Any], targets: Goal, *, form: Form) -> GMARResult:
     seen = measure(classifier, inputs, targets, form)
+    # None: as many images as tokens, and nothing tells the two axes apart. Half the batch does.
     if seen is None:
         halves = micro_batches(inputs, targets, -(-batch_size(inputs) // 2))
         return _joined([_explain(classifier, *half, form=form) for half in halves])
@@ -213,6 +218,7 @@ def _cat(values: list[Any]) -> Any:
 def _ragged(per_layer: list[Tensor]) -> Tensor:
     """Stack `(batch, heads, ...)` of every layer, padded with NaN to the widest layer."""
     widest = max(layer.shape[1] for layer in per_layer)
+    # NaN, not zero: a head that does not exist must not look like a head that died.
     stacked = per_layer[0].new_full(
         (len(per_layer[0]), len(per_layer), widest, *per_layer[0].shape[2:]), torch.nan
     )

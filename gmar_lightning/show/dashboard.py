@@ -121,22 +121,24 @@ def image_rows(
     ]
 
 
-def pictures(history: History, record: ProbeRecord, images: Sequence[np.ndarray]) -> dict[str, Any]:
+def pictures(
+    history: History, record: ProbeRecord, images: Sequence[np.ndarray], rollouts: Sequence[str] = ()
+) -> dict[str, Any]:
     """Overlays and grids of the last probe, as the fields of a `Publication`.
 
     Args:
         history: The run so far.
         record: The probe, with its maps.
         images: The clean photographs to draw on, uint8; as many as are drawn.
+        rollouts: Forms of the map to draw beside the primary one.
 
     Returns:
-        `heatmaps`, `grids` and `importance` of a `Publication`.
+        `heatmaps`, `others`, `grids` and `importance` of a `Publication`.
     """
-    shares, maps = history.shares(), record.heatmaps
-    # Relevance per token of a sequence is no picture.
-    grids = maps if maps is not None and maps.ndim == 3 else ()
+    shares = history.shares()
     return {
-        "heatmaps": [overlay(image, grid) for image, grid in zip(images, grids, strict=False)],
+        "heatmaps": _overlays(images, record.heatmaps),
+        "others": {f"{keys.HEATMAPS}_{form}": _overlays(images, record.maps.get(form)) for form in rollouts},
         "grids": {
             keys.HEAD_IMPORTANCE: importance_grid(shares[-1], record.flagged, history.layers),
             keys.HEAD_EVOLUTION: evolution_raster(shares, history.steps, history.events, history.layers),
@@ -144,6 +146,12 @@ def pictures(history: History, record: ProbeRecord, images: Sequence[np.ndarray]
         },
         "importance": relative_shares(shares[-1]).ravel(),
     }
+
+
+def _overlays(images: Sequence[np.ndarray], maps: np.ndarray | None) -> list[np.ndarray]:
+    # Relevance per token of a sequence is no picture.
+    grids = maps if maps is not None and maps.ndim == 3 else ()
+    return [overlay(image, grid) for image, grid in zip(images, grids, strict=False)]
 
 
 def _contributions(history: History, record: ProbeRecord) -> dict[str, np.ndarray]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from gmar_lightning.explain.rollout import Rollout
 
 # W&B's x-axis, under the name that Lightning's own WandbLogger gives it.
 STEP = "trainer/global_step"
@@ -16,7 +18,8 @@ class Key:
 
     Attributes:
         meaning: One phrase.
-        kind: "number" and "layer number" and "head number" go to every logger; "pictures" (a list), "picture",
+        kind: "number" and "layer number" and "head number" go to every logger; "pictures" (a list; "other pictures"
+            on request), "picture",
             "histogram", "table" (at the end; a "growing table" has new rows at each probe) and "page" to those
             that can show them; "summary" is one value per run.
     """
@@ -27,6 +30,7 @@ class Key:
         "layer number",
         "head number",
         "pictures",
+        "other pictures",
         "picture",
         "head picture",
         "histogram",
@@ -65,6 +69,12 @@ FLAGGED_HEAD = "gmar_flagged/L{layer:02d}_H{head:02d}"
 KEYS: Mapping[str, Key] = {
     HEATMAPS: Key("the drawn probe images under their maps, in a fixed order", "pictures"),
     INPUTS: Key("the same photographs without heat, once", "pictures"),
+    **{
+        f"{HEATMAPS}_{form}": Key(
+            f'the same under the map of rollout="{form}"; with log_rollouts', "other pictures"
+        )
+        for form in get_args(Rollout)
+    },
     HEAD_IMPORTANCE: Key("layers x heads on a fixed scale, flagged heads crossed", "picture"),
     HEAD_EVOLUTION: Key("every head over the whole run; a head that dies leaves a dark streak", "picture"),
     HEAD_CONTRIBUTION: Key("layers x heads by contribution to the score, flagged heads crossed", "picture"),

@@ -33,6 +33,7 @@ class Display:
         image_names: What captions call each image; None for its number alone.
         per_head: Whether every head gets a number.
         media_every: Pictures at each multiple of this.
+        rollouts: Forms of the map whose pictures are shown beside those of the primary one.
     """
 
     images: Sequence[np.ndarray] = ()
@@ -41,6 +42,7 @@ class Display:
     image_names: Sequence[str] | None = None
     per_head: bool = False
     media_every: int = 1
+    rollouts: Sequence[str] = ()
 
 
 class Publisher:
@@ -133,7 +135,7 @@ class Publisher:
         return lines + event_table(history.events)
 
     def _drawn(self, record: ProbeRecord) -> dict[str, Any]:
-        media = pictures(self.history, record, self.display.images)
+        media = pictures(self.history, record, self.display.images, self.display.rollouts)
         stored = self.history.records[-1]
         if stored.stored_maps is not None and len(media["heatmaps"]):
             self._guarded("the pictures", lambda: self.history.save_overlays(stored, media["heatmaps"]))

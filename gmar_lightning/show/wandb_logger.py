@@ -60,7 +60,7 @@ class WandbAdapter(Adapter):
     def publish(self, shown: Publication) -> None:
         """Hand over one probe: a single `log_metrics` call, so that all of it shares one row."""
         grown = self._grown_tables(shown)
-        for name in shown.grids:
+        for name in (*shown.grids, *shown.others):
             self._define(name)  # which heads will have a picture is not known before they are flagged
         self.logger.log_metrics({**shown.finite, **_media(shown), **grown}, step=shown.step)
         for table in grown.values():
