@@ -55,7 +55,11 @@ class Listed:
         """Equal for names that differ in nothing but sizes."""
         described = f"{self.family} {sorted((k, _described(v)) for k, v in self.options.items())}"
         described = re.sub(r"0x[0-9a-f]+", "", described)
-        return described if "img_size" in self.options else re.sub(r"\d+(\.\d+)?(e-\d+)?", "#", described)
+        return (
+            described
+            if "img_size" in self.options and "embed_dim" in self.options
+            else re.sub(r"\d+(\.\d+)?(e-\d+)?", "#", described)
+        )
 
     @property
     def bulk(self) -> float:
@@ -133,6 +137,8 @@ def shrunk(cls: Any, options: dict[str, Any]) -> dict[str, Any]:
     if isinstance(patch, int) and "img_size" in known and "embed_dim" in small and patch > 1:
         # Stages halve the grid three times, and the last one still has four tokens.
         small["img_size"] = 16 * patch if "depths" in settings else 4 * patch
+    elif "img_size" in known:
+        small["img_size"] = 128
     if dataclasses.is_dataclass(small.get("cfg")):
         small["cfg"] = _shrunk_config(small["cfg"])
     return small
