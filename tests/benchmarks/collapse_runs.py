@@ -49,7 +49,7 @@ def plant(kind: str, seed: int, recipe: Recipe) -> Plant:
     probes = recipe.probes
     layer = int(rng.integers(recipe.depth))
     order = [int(head) for head in rng.permutation(recipe.heads)]
-    start, end = int(rng.integers(15, probes // 2)), float(rng.choice([0.0, 0.02, 0.05]))
+    start, end = int(rng.integers(10, probes // 2)), float(rng.choice([0.0, 0.02, 0.05]))
     length = int(rng.choice([1, 5, 20]))
     place = ("output", "value")[seed % 2]
     ones = np.ones(probes)

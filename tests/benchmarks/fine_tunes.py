@@ -26,7 +26,7 @@ from tests.benchmarks.faithfulness import add_model_arguments, load, prepared, s
 from tests.benchmarks.training import Hooks, Signals, events_of, file_of, kept, signals_of
 from tests.helpers.planted import fall
 
-PROBES, EVERY, PROBED, BATCH = 16, 3, 16, 8
+PROBES, EVERY, PROBED, BATCH = 14, 2, 10, 8
 HEALTHY_SEEDS, PLANTED_SEEDS = range(800, 810), range(820, 825)
 RATES = (1e-5, 3e-5, 1e-4)
 CAUSES = {

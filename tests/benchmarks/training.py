@@ -34,18 +34,18 @@ class Recipe:
     rate: float = 2e-3
     qk_norm: bool = False
     drop_path: float = 0.0
-    probes: int = 40
+    probes: int = 30
 
 
 RECIPES = {
-    "AdamW, 4 x 6": Recipe(),
-    "SGD, 4 x 6": Recipe(optimizer="SGD", rate=0.2),
-    "Muon, 4 x 6": Recipe(optimizer="Muon", rate=0.01),
-    "QK-norm, 4 x 6": Recipe(qk_norm=True),
-    "stochastic depth 0.2, 6 x 4": Recipe(depth=6, heads=4, drop_path=0.2),
-    "3 x 16": Recipe(depth=3, heads=16, width=4),
-    "300 probes, 2 x 3": Recipe(depth=2, heads=3, width=12, probes=300),
-    "24 x 3": Recipe(depth=24, heads=3, rate=1e-3),
+    "AdamW, 2 x 6": Recipe(2, 6),
+    "SGD, 2 x 6": Recipe(2, 6, optimizer="SGD", rate=0.2),
+    "Muon, 2 x 6": Recipe(2, 6, optimizer="Muon", rate=0.01),
+    "QK-norm, 2 x 6": Recipe(2, 6, qk_norm=True),
+    "stochastic depth 0.2, 3 x 4": Recipe(3, 4, drop_path=0.2),
+    "2 x 16": Recipe(2, 16, width=4),
+    "300 probes, 2 x 3": Recipe(2, 3, width=12, probes=300),
+    "24 x 3": Recipe(24, 3, rate=1e-3),
 }
 
 
