@@ -18,6 +18,7 @@ from gmar_lightning.explain.isolation import undisturbed
 from gmar_lightning.explain.output import predicted
 from gmar_lightning.monitor.explanation import Explanation
 from gmar_lightning.monitor.probe import ProbeBatch
+from gmar_lightning.monitor.processes import on_every_process
 from gmar_lightning.monitor.settings import ProbeSettings
 
 
@@ -71,7 +72,9 @@ def explained_classes(
     last_label = -1 if probe.labels is None else int(probe.labels.max())
     if width in known.counts.values() or last_label == width - 1:
         return f"classes={width}"
-    why = _goes_on(model, probe, settings, width) or _too_few(settings, width)
+    # Sharded weights are put together by all processes at once.
+    found = on_every_process(lambda: _goes_on(model, probe, settings, width))
+    why = found[0] or _too_few(settings, width)
     if why:
         raise UnsupportedModelError(f"features are no class scores: {why}. {WAYS_OUT}")
     return f"classes={width}?"
