@@ -25,6 +25,8 @@ from gmar_lightning.explain.stages import last_stage, stage_layout
 from gmar_lightning.explain.sweep import Form, LayerNumbers, Sweep, visit
 from gmar_lightning.explain.tokens import TokenLayout, token_layout
 
+# Words of errors that say that a tensor does not fit.
+_OF_SHAPE = ("shape", "size", "dimension", "channels", "mat1")
 _NO_LAYOUT = TokenLayout(0, None)
 
 
@@ -238,11 +240,30 @@ def _forward(classifier: nn.Module, inputs: dict[str, Any], found: Recording) ->
     """The output, and the images at the head of its graph."""
     key = image_key(inputs)
     if key is None or not inputs[key].is_floating_point():
-        return forward(classifier, inputs), None if key is None else inputs[key]
+        return _run(classifier, inputs), None if key is None else inputs[key]
     # The copy is no leaf, so that a model may normalise its input in place, and never the caller's.
     image = inputs[key].detach().requires_grad_().clone()
     found.image = image.grad_fn
-    return forward(classifier, {**inputs, key: image}), image
+    return _run(classifier, {**inputs, key: image}), image
+
+
+def _run(classifier: nn.Module, inputs: dict[str, Any]) -> Any:
+    """The output; a forward that does not take such inputs is a refusal, not a failure of the moment."""
+    try:
+        return forward(classifier, inputs)
+    except (TypeError, IndexError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
+        words = str(error).lower()
+        of_shape = any(word in words for word in _OF_SHAPE) and "memory" not in words
+        if isinstance(error, UnsupportedModelError) or (isinstance(error, RuntimeError) and not of_shape):
+            raise
+        tried = ", ".join(
+            f"{k or 'images'} {tuple(v.shape)}" for k, v in inputs.items() if isinstance(v, Tensor)
+        )
+        raise UnsupportedModelError(
+            f"the forward of {type(classifier).__name__} failed on what it was given ({tried}): "
+            f"{type(error).__name__}: {error}. For a forward of other arguments pass a mapping of keyword arguments "
+            "in the place of images (inputs= where there is one), and with module= a part that takes whole images."
+        ) from error
 
 
 def _check_attached(score: Tensor) -> None:
