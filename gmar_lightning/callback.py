@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from gmar_lightning.arguments import (
     ConfigurationError,
@@ -21,37 +16,23 @@ from gmar_lightning.arguments import (
     check_display,
     check_faithfulness_every,
     check_fit,
-    check_module,
+    check_modules,
     check_target,
     given_choice,
     given_probe,
+    of_path,
 )
-from gmar_lightning.chosen import Choice, chosen_probe, indices_of
+from gmar_lightning.chosen import Choice
 from gmar_lightning.explain.gmar import check_form
 from gmar_lightning.explain.importance import Norm
 from gmar_lightning.explain.rollout import Rollout
 from gmar_lightning.monitor.collapse import CollapseDetector
-from gmar_lightning.monitor.probe import ProbeBatch
-from gmar_lightning.monitor.probing import Moment, Prober
-from gmar_lightning.monitor.say import SayOnce
-from gmar_lightning.monitor.schedule import Every, repeats
-from gmar_lightning.monitor.selftest import SelfTest
+from gmar_lightning.monitor.schedule import Every
 from gmar_lightning.monitor.settings import ProbeSettings, Target
-from gmar_lightning.recording import Reaction, Recording, Showing, Tolerance, described
-from gmar_lightning.show.dashboard import as_metrics
-from gmar_lightning.trainer import (
-    callable_model,
-    default_folder,
-    draw_images,
-    ends_here,
-    is_smoke_test,
-    log_position,
-    logged_metrics,
-    not_state,
-    silenced,
-    state_of_run,
-    state_of_same_run,
-)
+from gmar_lightning.recording import Showing
+from gmar_lightning.targets import name_of
+from gmar_lightning.trainer import log_position, state_of_same_run
+from gmar_lightning.watch import Plan, Watch
 
 
 class GMARCallback(Callback):
@@ -72,8 +53,11 @@ class GMARCallback(Callback):
         probe_batch: Your own `(images, labels)`, or a mapping with `images` and optionally `labels`.
         probe_images: Instead of a class-balanced draw: a folder (classes are the names of its folders), indices of
             the validation set, "hardest" or "misclassified" (among 256 images, before the first step).
-        module: Dotted path of the classifier inside the LightningModule; None calls its forward.
-        target: "predicted", "label", a class index, or a callable on the output (`gmar_lightning.targets`).
+        module: Dotted path of the classifier inside the LightningModule; None calls its forward. A list of paths
+            (teacher and student, image and text tower, a moving average) watches each of them with a record folder,
+            logged names (`gmar/<path>/...`) and flags of its own.
+        target: "predicted", "label", a class index, or a callable on the output (`gmar_lightning.targets`); for
+            several modules also a mapping from path to one of these.
         norm: "l1", "l2" or "uniform", see `gmar`.
         rollout: "gradient", "paper", "flow", "rollout" or "last_layer", see `gmar`.
         residual: Weight of the residual path, 1 when None.
@@ -93,6 +77,8 @@ class GMARCallback(Callback):
         max_events: Pictures of at most so many probes are logged; scalars always are.
         save_dir: Local record; `<trainer log dir>/gmar` when None.
         verify: Whether the first probe also copies the weights, to see whether the forward writes them.
+        inputs: A callable that makes of a validation batch what the forward takes, see `gmar`; for several modules
+            also a mapping from path to callable. It sees batches on the CPU, after the batch-transfer hooks.
 
     Raises:
         ConfigurationError: For arguments that do not fit, with what to change.
@@ -105,8 +91,8 @@ class GMARCallback(Callback):
         num_images: int = 32,
         num_heatmaps: int = 8,
         probe_batch: Any = None,
-        module: str | None = None,
-        target: Target = "predicted",
+        module: str | Sequence[str] | None = None,
+        target: Target | Mapping[str, Target] = "predicted",
         norm: Norm = "l1",
         rollout: Rollout = "gradient",
         residual: float | None = None,
@@ -124,14 +110,16 @@ class GMARCallback(Callback):
         save_dir: str | os.PathLike[str] | None = None,
         probe_images: str | os.PathLike[str] | Sequence[int] | None = None,
         verify: bool = True,
+        inputs: Callable[[Any], Any] | Mapping[str, Callable[[Any], Any]] | None = None,
     ) -> None:
         super().__init__()
         steps = 100 if every_n_train_steps is None and every_n_epochs is None else every_n_train_steps
+        paths = check_modules(module, target=target, inputs=inputs)
         try:
             self._schedule = Every(steps=steps, epochs=every_n_epochs)
             check_form(norm, rollout, residual, micro_batch_size)
-            self._given = given_probe(probe_batch)
-            self._choice: Choice | None = given_choice(probe_images, probe_batch)
+            choice: Choice | None = given_choice(probe_images, probe_batch, inputs is not None)
+            given = {path: given_probe(probe_batch, of_path(inputs, path)) for path in paths}
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
         check_counts(num_images=num_images, num_heatmaps=num_heatmaps, max_events=max_events)
@@ -139,7 +127,8 @@ class GMARCallback(Callback):
         check_choice("on_error", on_error, ("warn", "raise"))
         if not callable(on_collapse):
             check_choice("on_collapse", on_collapse, ("warn", "alert", "stop"), "or a callable")
-        check_target(target, self._given)
+        for path in paths:
+            check_target(of_path(target, path), given[path])
         self.num_images, self.module, self.target = num_images, module, target
         self.norm: Norm = norm
         self.rollout: Rollout = rollout
@@ -147,50 +136,59 @@ class GMARCallback(Callback):
         self.on_error: Literal["warn", "raise"] = on_error
         self.save_dir, self.verify, self._restored = save_dir, verify, None
         mean, std = check_display("mean", mean), check_display("std", std)
-        self._showing = Showing(num_heatmaps, mean, std, class_names, log_per_head, max_events)
-        self._fresh_detector = CollapseDetector() if detector == "default" else detector
-        self._settings = ProbeSettings(
-            target=target,
+        several = not isinstance(module, str | None)
+        settings = ProbeSettings(
             norm=norm,
             rollout=rollout,
             residual=residual,
-            module=module,
             micro_batch_size=micro_batch_size,
             confirm=confirm,
             faithfulness_every=faithfulness_every,
             drawn=num_heatmaps,
         )
-        self._begin_run()
-
-    def _begin_run(self) -> None:
-        self._schedule.reset()
-        self._say = SayOnce(rank_zero_warn)
-        self._selftest = SelfTest(self.verify, self._say)
-        fresh = copy.deepcopy(self._fresh_detector)
-        self._prober = Prober(self._settings, detector=fresh, on_error=self.on_error, say=self._say)
-        self._tolerance = Tolerance(self.on_error, self._say)
-        self._reaction = Reaction(self.on_collapse)
-        self._recording = Recording(self._tolerance)
-        self._last_probe: tuple[int, int] | None = None  # (optimizer steps, logger's x)
-        self._probe_seconds, self._fit_started, self._trainer = 0.0, time.monotonic(), 0
-        self._folder: str | None = None
-        self._fingerprint: str | None = None
-        self._indices: list[int] | None = None
+        plan = Plan(
+            schedule=self._schedule,
+            num_images=num_images,
+            choice=choice,
+            showing=Showing(num_heatmaps, mean, std, class_names, log_per_head, max_events),
+            detector=CollapseDetector() if detector == "default" else detector,
+            on_collapse=on_collapse,
+            on_error=on_error,
+            save_dir=save_dir,
+            verify=verify,
+        )
+        self.watches = tuple(
+            Watch(
+                plan,
+                dataclasses.replace(
+                    settings,
+                    module=path,
+                    target=of_path(target, path),
+                    inputs=of_path(inputs, path),
+                    layer_prefix=f"{path}." if several else "",
+                ),
+                given[path],
+                path if several else None,
+            )
+            for path in paths
+        )
+        self._trainer = 0
 
     @property
     def detector(self) -> CollapseDetector | None:
-        """The detector of the current run."""
-        return self._prober.detector
+        """The detector of the current run; of several modules, that of the first (`watches` has them all)."""
+        return self.watches[0].prober.detector
 
     @property
     def state_key(self) -> str:
         """Tells apart several callbacks in one trainer."""
+        module = self.module if isinstance(self.module, str | None) else list(self.module)
         return self._generate_state_key(
             unit=self._schedule.unit,
             interval=self._schedule.interval,
             num_images=self.num_images,
-            module=self.module,
-            target=str(self.target) if callable(self.target) else self.target,
+            module=module,
+            target=name_of(self.target) if callable(self.target) else self.target,
             norm=self.norm,
             rollout=self.rollout,
             save_dir=None if self.save_dir is None else str(self.save_dir),
@@ -199,73 +197,60 @@ class GMARCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before anything is loaded."""
         if stage == "fit":
-            check_fit(trainer, pl_module, self.module)
+            check_fit(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the probe images, open or continue the record, and probe the untrained model."""
-        check_module(pl_module, self.module)
         restored, self._restored = self._restored, None
         if restored is not None or trainer.global_step == 0 or self._trainer != id(trainer):
-            self._begin_run()
+            self._schedule.reset()
+            for watch in self.watches:
+                watch.reset()
         if restored is not None:
             self._continue_from(restored)
-        self._trainer, self._fit_started = id(trainer), time.monotonic()
-        context = trainer.precision_plugin.forward_context  # of this trainer, one of several perhaps
-        self._prober.settings = dataclasses.replace(self._prober.settings, precision=context)
-        given = self._given
-        if self._choice is not None:
-            names, which = self._showing.class_names, self._indices or self._choice
-            given = chosen_probe(trainer, pl_module, which, self.num_images, self.module, names, self._say)
-            self._indices = indices_of(self._choice, given)
-        target = "predicted" if callable(self.target) else self.target
-        probe = draw_images(
-            trainer, pl_module, given, num_images=self.num_images, target=target, say=self._say
-        )
-        self._open_record(trainer, pl_module, probe, resumed=restored is not None)
-        if self._last_probe is None:
+        self._trainer = id(trainer)
+        for watch in self.watches:
+            watch.begin(trainer, pl_module, self, resumed=restored is not None)
+        fresh = [watch for watch in self.watches if watch.last_probe is None]
+        if len(fresh) == len(self.watches):
             started_at = trainer.global_step if self._schedule.unit == "step" else trainer.current_epoch
             self._schedule.reset(started_at)
-            self._run_probe(trainer, pl_module, log_position(trainer), first=True)
+        for watch in fresh:
+            watch.probe(trainer, pl_module, log_position(trainer), first=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Probe when the step count has crossed a multiple of the interval."""
         if self._schedule.unit == "step" and self._schedule.due(trainer.global_step):
-            self._run_probe(trainer, pl_module, log_position(trainer))
+            for watch in self.watches:
+                watch.probe(trainer, pl_module, log_position(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe when the epoch count has crossed a multiple of the interval."""
         if self._schedule.unit == "epoch" and self._schedule.due(trainer.current_epoch + 1):
-            self._run_probe(trainer, pl_module, log_position(trainer, ended=True))
+            for watch in self.watches:
+                watch.probe(trainer, pl_module, log_position(trainer, ended=True))
         elif self._schedule.unit == "step" and trainer.global_step == 0:
-            self._say(
+            self.watches[0].say(
                 "GMARCallback: an epoch went by and Lightning counted no optimizer step; use every_n_epochs"
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe the trained model, write the report, and say what the run was."""
-        position = log_position(trainer, ended=True)
-        if self._last_probe is not None and self._last_probe[0] != trainer.global_step:
-            position = max(position, self._last_probe[1] + 1)
-        self._run_probe(trainer, pl_module, position, ended=True)
-        self._close(trainer)
+        for watch in self.watches:
+            watch.end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the record cleanly when training stops early, by Ctrl-C or by an error."""
-        self._close(trainer)
+        for watch in self.watches:
+            watch.close(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain values."""
-        return {
-            "schedule": self._schedule.state_dict(),
-            "last_probe": list(self._last_probe or ()),
-            "session": self._prober.state_dict(),
-            "fingerprint": self._fingerprint,
-            "folder": self._folder,
-            "probe_images": self._indices,
-            "probe_seconds": self._probe_seconds,
-        }
+        first = {"schedule": self._schedule.state_dict(), **self.watches[0].state_dict()}
+        several = {watch.path: watch.state_dict() for watch in self.watches if watch.path is not None}
+        return {**first, "modules": several} if several else first
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -281,70 +266,8 @@ class GMARCallback(Callback):
 
     def _continue_from(self, state: Mapping[str, Any]) -> None:
         self._schedule.load_state_dict(state["schedule"])
-        self._last_probe = (state["last_probe"][0], state["last_probe"][1])
-        self._prober.load_state_dict(state["session"])
-        self._fingerprint, self._folder = state["fingerprint"], state["folder"]
-        self._indices = state.get("probe_images")  # missing in older checkpoints
-        self._probe_seconds = state["probe_seconds"]
-
-    def _open_record(
-        self, trainer: Trainer, pl_module: LightningModule, probe: ProbeBatch, resumed: bool
-    ) -> None:
-        changed = self._fingerprint is not None and self._fingerprint != probe.fingerprint
-        if changed:
-            self._say(
-                "GMARCallback: the validation set gives other probe images than before; the record starts a new "
-                "segment"
-            )
-        self._fingerprint = probe.fingerprint
-        self._folder = str(self.save_dir or self._folder or default_folder(trainer, self))
-        if self._prober.probe is not None and not changed:
-            return
-        on_disk = self.save_dir is not None or not is_smoke_test(trainer)
-        self._recording = Recording.open(
-            trainer,
-            pl_module,
-            probe,
-            self._showing,
-            folder=Path(self._folder) if on_disk else None,
-            settings=described(self._settings, self._schedule, self.num_images),
-            schedule=self._schedule,
-            resumed=resumed or changed,
-            say=self._say,
-            tolerance=self._tolerance,
-        )
-        self._prober.begin(probe, *self._recording.seam(self.rollout))
-
-    def _run_probe(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        step: int,
-        first: bool = False,
-        ended: bool = False,
-    ) -> None:
-        now = (trainer.global_step, step)
-        spent = self._prober.spent or self._selftest.mode == "refused"
-        over = self._prober.probe is None or spent or (is_smoke_test(trainer) and not first)
-        if over or repeats(self._last_probe, now):
-            return
-        started, self._last_probe = time.monotonic(), now
-        last = ended or ends_here(trainer)
-        moment = Moment(step, now[0], trainer.current_epoch, logged_metrics(trainer), last)
-        with silenced(trainer, pl_module):
-            record = self._selftest.take(
-                lambda model: self._prober.take(model, moment, first),
-                callable_model(trainer, pl_module),
-                state_of_run(trainer, pl_module),
-                not_state(trainer),
-            )
-        if record.failure is None:
-            trainer.callback_metrics.update(as_metrics(record))
-        self._recording.add(record)
-        react = functools.partial(self._reaction.to, trainer, pl_module, record.events, self._recording.alert)
-        self._tolerance.run("on_collapse", react, record.step)
-        self._probe_seconds += time.monotonic() - started
-
-    def _close(self, trainer: Trainer) -> None:
-        prober, seconds = self._prober, (self._probe_seconds, time.monotonic() - self._fit_started)
-        self._recording.close(trainer, (prober.taken, prober.failed), seconds)
+        modules = state.get("modules", {})
+        for watch in self.watches:
+            own = state if watch.path is None else modules.get(watch.path)
+            if own is not None:  # a module that was not watched before starts its record now
+                watch.load_state_dict(own)

@@ -22,6 +22,7 @@ from gmar_lightning.monitor.schedule import Every
 from gmar_lightning.monitor.settings import ProbeSettings
 from gmar_lightning.show.console import alarm_text
 from gmar_lightning.show.publisher import Display, Publisher
+from gmar_lightning.targets import name_of
 from gmar_lightning.trainer import class_names_of, logged_metrics, photographs, planned_probes
 from gmar_lightning.version import __version__
 
@@ -108,6 +109,7 @@ class Recording:
         resumed: bool,
         say: SayOnce,
         tolerance: Tolerance,
+        path: str | None = None,
     ) -> Recording:
         """Start or continue the record, in memory alone where the folder cannot be used; save the photographs.
 
@@ -122,6 +124,7 @@ class Recording:
             resumed: Whether a record in the folder is continued.
             say: Says a sentence on the console, once.
             tolerance: What happens where storing or showing fails.
+            path: Of the module, as part of every logged name, where several are watched.
         """
         if not trainer.is_global_zero:
             return cls(tolerance)
@@ -155,7 +158,7 @@ class Recording:
             per_head=showing.per_head,
             media_every=max(1, math.ceil((planned or 0) / showing.max_events)),
         )
-        return cls(tolerance, history, Publisher(history, trainer.loggers, display, say))
+        return cls(tolerance, history, Publisher(history, trainer.loggers, display, say, path))
 
     def seam(self, form: str) -> tuple[int, DriftTracker]:
         """Where the probes to come begin: their segment, and the maps that earlier ones of it had.
@@ -206,10 +209,13 @@ class Reaction:
     Args:
         on_collapse: "warn", "alert" (the loggers' alert too), "stop" (graceful), or a callable
             `(trainer, pl_module, events)`.
+        path: Of the module, where several are watched.
     """
 
-    def __init__(self, on_collapse: Literal["warn", "alert", "stop"] | Callable[..., None]) -> None:
-        self._on_collapse = on_collapse
+    def __init__(
+        self, on_collapse: Literal["warn", "alert", "stop"] | Callable[..., None], path: str | None = None
+    ) -> None:
+        self._on_collapse, self._path = on_collapse, path
         self._nonfinite = False
 
     def to(
@@ -239,7 +245,7 @@ class Reaction:
         if callable(self._on_collapse):
             self._on_collapse(trainer, pl_module, alarms)
             return
-        text = alarm_text(alarms)
+        text = alarm_text(alarms) if self._path is None else f"in {self._path}: {alarm_text(alarms)}"
         rank_zero_warn(f"GMARCallback: {text}")
         if self._on_collapse in ("alert", "stop"):
             alert("GMAR: attention heads", text)
@@ -254,7 +260,7 @@ def described(settings: ProbeSettings, schedule: Every, num_images: int) -> dict
         "num_images": num_images,
         "num_heatmaps": settings.drawn,
         "module": settings.module,
-        "target": str(settings.target) if callable(settings.target) else settings.target,
+        "target": name_of(settings.target) if callable(settings.target) else settings.target,
         "norm": settings.norm,
         "rollout": settings.rollout,
         "residual": 1.0 if settings.residual is None else settings.residual,

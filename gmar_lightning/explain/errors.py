@@ -7,3 +7,7 @@ class UnsupportedModelError(RuntimeError):
 
 class NoPictureError(UnsupportedModelError):
     """The rollout over all layers is not defined; importance and all else per head is."""
+
+
+class WrongModuleError(UnsupportedModelError):
+    """The module that was asked for is not the one to explain; one inside it may be."""

@@ -1,8 +1,9 @@
 """How far a heatmap can be trusted: what happens to the prediction when the model loses what it marks.
 
 Every function takes a batch and returns one value per image; NaN for an image whose heatmap is not finite.
-"Probability" is the softmax probability of the explained class. A cell is one element of the heatmap's grid,
-removed as a whole. What removed cells are replaced by changes rankings between methods, so report it:
+"Probability" is the softmax probability of the explained class; where `targets` is a callable, the number that it
+returns, in its own unit and without bounds. A cell is one element of the heatmap's grid, removed as a whole. What
+removed cells are replaced by changes rankings between methods, so report it:
 
 - "black": pixel value 0 before normalisation (give `mean` and `std` if the images are normalised);
 - "mean": the image's own mean colour;
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmar_lightning.explain.gmar import gmar
+from gmar_lightning.explain.inputs import Goal
 from gmar_lightning.explain.perturbation import (
     PIXEL_BASELINES,
     Baseline,
@@ -39,7 +41,7 @@ def insertion(
     model: nn.Module,
     images: Images,
     heatmaps: Tensor,
-    targets: Tensor,
+    targets: Goal,
     *,
     steps: int = 10,
     baseline: Baseline = "blur",
@@ -58,7 +60,7 @@ def insertion(
         model: As for `gmar`.
         images: `(batch, channels, height, width)`.
         heatmaps: `(batch, grid_h, grid_w)`.
-        targets: `(batch,)` class indices.
+        targets: `(batch,)` class indices, or a callable.
         steps: Parts that the cells are added in; at most one per cell.
         baseline: What a cell shows before it appears.
         mean: Channel means that the images were normalised with; only "black" needs them.
@@ -80,7 +82,7 @@ def deletion(
     model: nn.Module,
     images: Images,
     heatmaps: Tensor,
-    targets: Tensor,
+    targets: Goal,
     *,
     steps: int = 10,
     baseline: Baseline = "mean",
@@ -101,7 +103,7 @@ def average_drop(
     model: nn.Module,
     images: Images,
     heatmaps: Tensor,
-    targets: Tensor,
+    targets: Goal,
     *,
     baseline: Baseline = "black",
     mean: Channels = None,
@@ -118,7 +120,7 @@ def average_drop(
         model: As for `gmar`.
         images: `(batch, channels, height, width)`.
         heatmaps: `(batch, grid_h, grid_w)`.
-        targets: `(batch,)` class indices.
+        targets: `(batch,)` class indices, or a callable.
         baseline: "black" (the source's choice), "mean" or "blur".
         mean: Channel means that the images were normalised with; only "black" needs them.
         std: Channel standard deviations, likewise.
@@ -138,7 +140,7 @@ def average_increase(
     model: nn.Module,
     images: Images,
     heatmaps: Tensor,
-    targets: Tensor,
+    targets: Goal,
     *,
     baseline: Baseline = "black",
     mean: Channels = None,
@@ -159,7 +161,7 @@ def saco(
     model: nn.Module,
     images: Images,
     heatmaps: Tensor,
-    targets: Tensor,
+    targets: Goal,
     *,
     groups: int = 10,
     baseline: Baseline = "mean",
@@ -181,7 +183,7 @@ def saco(
         model: As for `gmar`.
         images: `(batch, channels, height, width)`.
         heatmaps: `(batch, grid_h, grid_w)`.
-        targets: `(batch,)` class indices.
+        targets: `(batch,)` class indices, or a callable.
         groups: Number of groups, 10 in the source.
         baseline: What a removed cell shows; the image's mean in the source.
         mean: Channel means that the images were normalised with; only "black" needs them.
@@ -202,7 +204,7 @@ def saco(
 
 
 def live_faithfulness(
-    model: nn.Module, images: Images, targets: Tensor, heatmaps: Tensor, *, seed: int = 0, **settings: Any
+    model: nn.Module, images: Images, targets: Goal, heatmaps: Tensor, *, seed: int = 0, **settings: Any
 ) -> dict[str, float]:
     """Means over the images of `faithfulness_per_image`, with random maps drawn from `seed`; NaN without any.
 
@@ -227,7 +229,7 @@ def random_maps(shape: Sequence[int], seed: int = 0) -> Tensor:
 def faithfulness_per_image(
     model: nn.Module,
     images: Images,
-    targets: Tensor,
+    targets: Goal,
     heatmaps: Tensor,
     noise: Tensor,
     *,
@@ -248,7 +250,7 @@ def faithfulness_per_image(
     Args:
         model: As for `gmar`.
         images: `(batch, channels, height, width)`.
-        targets: `(batch,)`, the classes explained.
+        targets: `(batch,)`, the classes explained, or a callable.
         heatmaps: `(batch, grid_h, grid_w)`, the map in question.
         noise: `(batch, grid_h, grid_w)`, the random map of each image, see `random_maps`.
         rollout: `(batch, grid_h, grid_w)`, plain attention rollout; None computes it with
@@ -333,8 +335,8 @@ def _hottest_first(heatmaps: Tensor) -> Tensor:
 
 def relative_drop(probe: Perturbation, heatmaps: Tensor) -> Tensor:
     """Average drop of one of several maps of the same images; one forward beside the shared one."""
-    left = probe.blending(_shown(heatmaps, probe))
-    return (probe.intact - left).clamp_min(0) / probe.intact.clamp_min(torch.finfo(torch.float32).tiny)
+    fall = (probe.intact - probe.blending(_shown(heatmaps, probe))).clamp_min(0)
+    return fall / probe.intact.abs().clamp_min(torch.finfo(torch.float32).tiny)  # a number has any sign
 
 
 def _shown(heatmaps: Tensor, probe: Perturbation) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +52,7 @@ class _Seen:
 
 def check_apart(
     classifier: nn.Module,
-    inputs: Mapping[str, Any],
+    inputs: dict[str, Any],
     found: Recording,
     read: Tensor,
     padding: Tensor | None = None,
@@ -74,7 +74,8 @@ def check_apart(
     Raises:
         UnsupportedModelError: Naming the layers between which tokens are mixed or replaced.
     """
-    inputs, goal = micro_batches(inputs, goal, min(2, batch_size(inputs)))[0]
+    count = batch_size(inputs)
+    inputs, goal = micro_batches(inputs, count, goal, min(2, count))[0]
     outcome, key = logits_of, structure(classifier, inputs)
     if goal is not None and not isinstance(goal, Tensor):
         outcome, key = (lambda output: goal(output)[:, None]), (key, str(goal))

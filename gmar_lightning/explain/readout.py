@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gmar_lightning.explain.attention import AttentionCall, Recording, reaches
-from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.errors import UnsupportedModelError, WrongModuleError
 from gmar_lightning.explain.intercept import USES_WEIGHTS
 from gmar_lightning.explain.refusals import check_reached
 from gmar_lightning.explain.tokens import direction
@@ -170,7 +170,7 @@ def last_tokens(found: Recording, score: Tensor, image: Tensor | None) -> Tensor
     for tokens in reversed(found.trace.tokens.leaving):
         if tokens.grad_fn is not None and not reaches([score.grad_fn], sources, barrier=tokens.grad_fn):
             return tokens
-    raise UnsupportedModelError(
+    raise WrongModuleError(
         f"the logits read more than the tokens that {last.name} ({last.owner}) and its block return: several "
         "layers, a second backbone or branch, or several passes over the image. Name a single transformer "
         "classifier inside the model with module=."

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from gmar_lightning.explain.attention import AttentionCall, Recording
-from gmar_lightning.explain.errors import NoPictureError, UnsupportedModelError
+from gmar_lightning.explain.errors import NoPictureError, UnsupportedModelError, WrongModuleError
 
 
 def check_visible(found: Recording) -> None:
@@ -27,7 +27,7 @@ def check_visible(found: Recording) -> None:
         raise UnsupportedModelError(under_no_grad(found.aside))
     if not found.calls:
         seen = f" {_listed(trace.silent)} ran without calling it." if trace.silent else ""
-        raise UnsupportedModelError(
+        raise WrongModuleError(
             f"no attention seen: no call of scaled_dot_product_attention in the forward pass.{seen} "
             "If the transformer sits elsewhere, name it with module=; a scripted or exported model must be "
             "explained as the module it was made from."
@@ -108,7 +108,7 @@ def _check_kind(call: AttentionCall) -> None:
             "true map combines the two, and a head's share in it is not defined."
         )
     if call.detached:
-        raise UnsupportedModelError(
+        raise WrongModuleError(
             f"{_named(call)} does not continue the attention layers before it: two transformers, several passes "
             "over the image, or branches of different length. Name a single classifier with module=."
         )

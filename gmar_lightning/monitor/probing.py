@@ -192,7 +192,8 @@ class Prober:
             return []
         step, others = record.step, {name: table for name, table in signals.items() if name != "importance"}
         context = _context(explanation, record.metrics)
-        events = self.detector.update(step, signals["importance"], explanation.layers, others, context)
+        layers = [f"{self.settings.layer_prefix}{layer}" for layer in explanation.layers]
+        events = self.detector.update(step, signals["importance"], layers, others, context)
         if not self.settings.confirm:
             return events
         try:
@@ -220,7 +221,7 @@ class Prober:
         nothing = dict.fromkeys((*FAITHFULNESS, *SANITY), math.nan)
         due = self.taken == 1 or last if every == "ends" else (self.taken - 1) % every == 0
         pictures = all(maps.ndim == 3 for maps in explanation.maps.values()) and bool(explanation.maps)
-        if not due or not pictures or explanation.targets is None:
+        if not due or not pictures:
             return nothing
         try:
             return measure_faithfulness(model, probe, explanation, self.settings, self._say)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from gmar_lightning.monitor.probe import ProbeBatch
@@ -139,7 +139,7 @@ def candidates(length: int) -> list[int]:
 
 def ranked(
     choice: Literal["hardest", "misclassified"],
-    model: nn.Module,
+    model: Callable[[Tensor], Any],
     images: Tensor,
     labels: Tensor,
 ) -> tuple[list[int], int]:
@@ -148,7 +148,7 @@ def ranked(
     Args:
         choice: Which.
         model: Images to logits; in evaluation mode, without gradients.
-        images: `(candidates, channels, height, width)`.
+        images: `(candidates, channels, height, width)`, or what else stands for them, a row each.
         labels: `(candidates,)`.
 
     Returns:

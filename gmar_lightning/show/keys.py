@@ -113,6 +113,12 @@ KEYS: Mapping[str, Key] = {
 }
 
 
+def under(path: str | None, name: str) -> str:
+    """A name as it is logged for one of several modules: `gmar/<path>/...`; unchanged without a path."""
+    family, _, rest = name.partition("/")
+    return f"{family}/{path}/{rest}" if path else name
+
+
 def test_of_maps(name: str) -> str:
     """The logged name of one of the numbers in `ProbeRecord.faithfulness`."""
     others = {"class_sensitivity": CLASS_SENSITIVITY, "randomisation": RANDOMISATION}

@@ -29,6 +29,7 @@ class Publication:
         photographs: The clean photographs again, one per overlay, for tables that show both in one row.
         events: What the detector reported at this probe, with the fields of `HeadEvent`.
         image_rows: What is known of each drawn image: index, label, prediction, probability, score, drift.
+        path: Of the module, where several are watched; scalars and grids have it in their names.
     """
 
     step: int
@@ -42,6 +43,7 @@ class Publication:
     photographs: Sequence[np.ndarray] = ()
     events: Sequence[Mapping[str, Any]] = ()
     image_rows: Sequence[Mapping[str, Any]] = ()
+    path: str | None = None
 
     @property
     def finite(self) -> dict[str, float]:
@@ -52,7 +54,7 @@ class Publication:
     def lists(self) -> dict[str, Sequence[np.ndarray]]:
         """Name to pictures, one per probe image; names without pictures this time are left out."""
         both = {keys.HEATMAPS: self.heatmaps, keys.INPUTS: self.inputs}
-        return {name: images for name, images in both.items() if len(images)}
+        return {keys.under(self.path, name): images for name, images in both.items() if len(images)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,12 +82,13 @@ class Adapter:
     Attributes:
         logger: The logger.
         pictures: Whether `publish` sends pictures too.
+        path: Of the module, where several are watched.
     """
 
     pictures = False
 
-    def __init__(self, logger: Any) -> None:
-        self.logger = logger
+    def __init__(self, logger: Any, path: str | None = None) -> None:
+        self.logger, self.path = logger, path
 
     def open(self, settings: Mapping[str, Any], scalars: Sequence[str], hidden: frozenset[str]) -> None:
         """Announce names and settings before the first publication."""
@@ -100,6 +103,10 @@ class Adapter:
 
     def close(self, ending: Ending) -> None:
         """Hand over what belongs to the end of a run."""
+
+    def named(self, name: str) -> str:
+        """The name with the module's path in it, where several modules are watched."""
+        return keys.under(self.path, name)
 
     def prefixed(self, name: str) -> str:
         """The name as `log_metrics` of this logger writes it."""

@@ -54,6 +54,7 @@ class Publisher:
         loggers: The trainer's loggers.
         display: How the run is shown.
         say: Says a sentence on the console, once.
+        path: Of the module, as part of every logged name, where several are watched.
     """
 
     def __init__(
@@ -62,10 +63,12 @@ class Publisher:
         loggers: Sequence[Any],
         display: Display = Display(),
         say: SayOnce | None = None,
+        path: str | None = None,
     ) -> None:
+        self._path = path
         self.history, self.loggers, self.display = history, list(loggers), display
         self._say = SayOnce() if say is None else say
-        self._adapters = [adapter_for(logger) for logger in self.loggers]
+        self._adapters = [adapter_for(logger, path) for logger in self.loggers]
         self._opened = False
         self._shown = self._at = 0
 
@@ -116,7 +119,7 @@ class Publisher:
                 [[row[name] for name in _TABLE] for row in history.rows()],
                 report,
                 history.dir if history.on_disk else None,
-                summary(history),
+                self._under(summary(history)),
             )
             self._to_loggers(lambda adapter: adapter.close(ending))
         flagged = history.records[-1].flagged if history.records else ()
@@ -130,7 +133,12 @@ class Publisher:
             folder=history.dir if history.on_disk else None,
             wandb_offline=self._guarded("WandbLogger", lambda: offline_run(self.loggers)),
         )
+        lines[0] += f" {self._path}" if self._path else ""
         return lines + event_table(history.events)
+
+    def _under(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        """The same under the names that are logged for this module."""
+        return {keys.under(self._path, name): value for name, value in named.items()}
 
     def _drawn(self, record: ProbeRecord) -> dict[str, Any]:
         media = pictures(self.history, record, self.display.images)
@@ -143,13 +151,12 @@ class Publisher:
         self, record: ProbeRecord, media: Mapping[str, Any] | None, flagged: Mapping[str, np.ndarray]
     ) -> Publication:
         heads, display = self.history.heads, self.display
-        numbers = scalars(record, heads, display.per_head)
-        hidden = (
-            frozenset(name for name, _ in keys.head_names(heads)) if display.per_head else frozenset[str]()
-        )
+        numbers, flagged = self._under(scalars(record, heads, display.per_head)), self._under(flagged)
+        of_heads = [keys.under(self._path, name) for name, _ in keys.head_names(heads)]
+        hidden = frozenset(of_heads) if display.per_head else frozenset[str]()
         events = [asdict(event) for event in record.events]
         if media is None:
-            return Publication(record.step, numbers, hidden, grids=flagged, events=events)
+            return Publication(record.step, numbers, hidden, grids=flagged, events=events, path=self._path)
         return Publication(
             record.step,
             numbers,
@@ -161,7 +168,8 @@ class Publisher:
             image_rows=image_rows(record, display.labels, display.names, display.image_names)[
                 : len(display.images)
             ],
-            **{**media, "grids": {**media["grids"], **flagged}},
+            path=self._path,
+            **{**media, "grids": {**self._under(media["grids"]), **flagged}},
         )
 
     def _hand(self, adapter: Adapter, publication: Publication) -> None:
