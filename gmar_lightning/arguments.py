@@ -12,8 +12,10 @@ from lightning.pytorch import LightningModule, Trainer
 from gmar_lightning.explain.candidates import candidates, said
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.inputs import Inputs, classifier_of, named_inputs
+from gmar_lightning.explain.rollout import Rollout, forms_of
 from gmar_lightning.monitor.batches import masks_of, unpack_batch
 from gmar_lightning.monitor.probe import ProbeBatch, on_cpu
+from gmar_lightning.monitor.schedule import Adaptive, Every
 from gmar_lightning.monitor.selection import checked_choice
 from gmar_lightning.monitor.settings import ProbeSettings
 
@@ -29,6 +31,29 @@ def check_counts(**counts: Any) -> None:
             raise ConfigurationError(f"{name} must be a whole number >= 1, got {value!r}")
 
 
+def given_schedule(steps: Any, epochs: Any, read: Any) -> Every:
+    """When to probe: after so many steps (100 when nothing is given) or epochs, or as often as time allows."""
+    check_choice("read", read, ("probe", "step"))
+    if isinstance(steps, str):
+        check_choice("every_n_train_steps", steps, ("auto",), "or a number of steps")
+        if epochs is not None or read == "step":
+            raise ConfigurationError(
+                'every_n_train_steps="auto" takes neither every_n_epochs nor read="step"'
+            )
+        return Adaptive()
+    if read == "step" and epochs is not None:
+        raise ConfigurationError('read="step" reads training steps: give every_n_train_steps')
+    return Every(steps=100 if steps is None and epochs is None else steps, epochs=epochs)
+
+
+def check_step_read(read: str, target: Any, **of_probes: Any) -> None:
+    """Refuse, where steps are read, what only a probe can answer to."""
+    of_probes["target"] = None if target == "predicted" else target
+    given = [name for name, value in of_probes.items() if value is not None]
+    if read == "step" and given:
+        raise ConfigurationError(f'{given[0]} is of probes, and read="step" takes none: leave it out')
+
+
 def check_faithfulness_every(value: Any) -> None:
     """Refuse what is neither "ends" nor an interval nor None."""
     if isinstance(value, str):
@@ -42,6 +67,23 @@ def check_choice(name: str, value: Any, allowed: Sequence[str], other: str = "")
     if not isinstance(value, str) or value not in allowed:
         choices = ", ".join(map(repr, allowed))
         raise ConfigurationError(f"{name}={value!r} is unknown; choose one of {choices} {other}".rstrip())
+
+
+def check_reactions(on_error: Any, on_collapse: Any) -> None:
+    """Refuse what is no reaction to a failed probe, or to heads that collapse."""
+    check_choice("on_error", on_error, ("warn", "raise"))
+    if not callable(on_collapse):
+        check_choice("on_collapse", on_collapse, ("warn", "alert", "stop"), "or a callable")
+
+
+def beside_primary(rollout: Rollout, others: Any) -> tuple[Rollout, ...]:
+    """The forms to log beside the primary one, which is logged anyway.
+
+    Raises:
+        ValueError: With the forms that exist.
+    """
+    asked: tuple[Any, ...] = (others,) if isinstance(others, str) else tuple(others)
+    return forms_of((rollout, *asked))[1:]
 
 
 def check_target(target: Any, probe: ProbeBatch | None) -> None:
@@ -90,7 +132,7 @@ def given_choice(probe_images: Any, probe_batch: Any, whole_batches: bool = Fals
     return choice
 
 
-def check_modules(module: Any, **by_path: Any) -> tuple[str | None, ...]:
+def check_modules(module: Any, read: str, **by_path: Any) -> tuple[str | None, ...]:
     """The paths that `module` names, one or several, for which each mapping in `by_path` must have an entry."""
     if isinstance(module, str | None):
         paths = (module,)
@@ -100,6 +142,8 @@ def check_modules(module: Any, **by_path: Any) -> tuple[str | None, ...]:
             raise ConfigurationError(f"module must be a dotted path or a list of them, got {module!r}")
         if len(set(paths)) < len(paths):
             raise ConfigurationError(f"module={module!r} names a path twice")
+        if read == "step":
+            raise ConfigurationError('read="step" watches one module: give one path, or read="probe"')
     for name, value in by_path.items():
         if isinstance(value, Mapping) and (missing := [path for path in paths if path not in value]):
             raise ConfigurationError(f"{name} is a mapping from path and has no entry for {missing[0]!r}")
@@ -120,17 +164,18 @@ def check_fit(trainer: Trainer) -> None:
         )
 
 
-def check_forward(pl_module: LightningModule, settings: ProbeSettings, probe: ProbeBatch) -> None:
+def check_forward(pl_module: LightningModule, settings: ProbeSettings, probe: ProbeBatch | None) -> None:
     """Refuse a LightningModule without a forward when no module inside it is named; say which would work."""
     if settings.module is not None or type(pl_module).forward is not LightningModule.forward:
         return
     children = ", ".join(name for name, _ in pl_module.named_children()) or "none"
-    with settings.precision():
+    working = ""
+    if probe is not None:
         given = named_inputs(probe.part(list(range(min(2, len(probe))))), settings.inputs)
         working = said(candidates(pl_module, given))
     raise ConfigurationError(
         f"{type(pl_module).__name__} defines no forward(images) -> logits. Name the classifier inside it "
-        f"with GMARCallback(module=...); its children: {children}. {working}"
+        f"with GMARCallback(module=...); its children: {children}. {working}".rstrip()
     )
 
 

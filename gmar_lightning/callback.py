@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -11,15 +11,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gmar_lightning.arguments import (
     ConfigurationError,
-    check_choice,
+    beside_primary,
     check_counts,
     check_display,
     check_faithfulness_every,
     check_fit,
     check_modules,
+    check_reactions,
+    check_step_read,
     check_target,
     given_choice,
     given_probe,
+    given_schedule,
     of_path,
 )
 from gmar_lightning.chosen import Choice
@@ -27,11 +30,11 @@ from gmar_lightning.explain.gmar import check_form
 from gmar_lightning.explain.importance import Norm
 from gmar_lightning.explain.rollout import Rollout
 from gmar_lightning.monitor.collapse import CollapseDetector
-from gmar_lightning.monitor.schedule import Every
+from gmar_lightning.monitor.record import Source
 from gmar_lightning.monitor.settings import ProbeSettings, Target
 from gmar_lightning.recording import Showing
 from gmar_lightning.targets import name_of
-from gmar_lightning.trainer import log_position, state_of_same_run
+from gmar_lightning.trainer import state_of_same_run
 from gmar_lightning.watch import Plan, Watch
 
 
@@ -46,7 +49,8 @@ class GMARCallback(Callback):
     `trainer.callback_metrics` too, for other callbacks to monitor.
 
     Args:
-        every_n_train_steps: Probe after each so many optimizer steps; 100 when neither interval is given.
+        every_n_train_steps: Probe after each so many optimizer steps, 100 when neither interval is given; "auto"
+            keeps probes under 1 % of the time, the first and the last on top, and says which interval that is.
         every_n_epochs: Probe after each so many epochs, instead.
         num_images: Probe size, drawn class-balanced from the validation set, fixed for the run.
         num_heatmaps: How many of them are drawn.
@@ -59,7 +63,8 @@ class GMARCallback(Callback):
         target: "predicted", "label", a class index, or a callable on the output (`gmar_lightning.targets`); for
             several modules also a mapping from path to one of these.
         norm: "l1", "l2" or "uniform", see `gmar`.
-        rollout: "gradient", "paper", "flow", "rollout" or "last_layer", see `gmar`.
+        rollout: "gradient", "paper", "flow", "rollout" or "last_layer", see `gmar`; the record keeps all of them.
+        log_rollouts: Forms whose pictures go to the loggers too, as `gmar/heatmaps_<form>`.
         residual: Weight of the residual path, 1 when None.
         micro_batch_size: Images per forward; None takes the whole probe at once.
         detector: The collapse detector; None switches it off.
@@ -67,8 +72,8 @@ class GMARCallback(Callback):
             callable `(trainer, pl_module, events)`, called on every process.
         confirm: Measure by ablation what newly flagged heads still contribute: five forwards over the probe
             images, and four with their backwards, at probes that flag, none at others.
-        faithfulness_every: When four maps are tested (`show.keys`; about 29 forwards, and two with their backwards,
-            per image): "ends" at the first and the last probe, a number after each so many more, None never.
+        faithfulness_every: When the maps are tested (`show.keys`; about 125 forwards, and a backward of the probe):
+            "ends" at the first and the last probe, a number after each so many more, None never.
         on_error: "warn" lets training go on after a failed probe, "raise" does not.
         mean: Channel means for display; found where possible, as `std` and `class_names`.
         std: Channel standard deviations for display.
@@ -77,6 +82,9 @@ class GMARCallback(Callback):
         max_events: Pictures of at most so many probes are logged; scalars always are.
         save_dir: Local record; `<trainer log dir>/gmar` when None.
         verify: Whether the first probe also copies the weights, to see whether the forward writes them.
+        read: "probe", or "step": no probes; L2 importance and contribution of each head are read off the training
+            steps that are due, of the loss on the training batch, without a forward or a picture of their own. Logged
+            as `gmar_step/...`, as they are not comparable with a probe's.
         inputs: A callable that makes of a validation batch what the forward takes, see `gmar`; for several modules
             also a mapping from path to callable. It sees batches on the CPU, after the batch-transfer hooks.
 
@@ -86,7 +94,7 @@ class GMARCallback(Callback):
 
     def __init__(
         self,
-        every_n_train_steps: int | None = None,
+        every_n_train_steps: int | Literal["auto"] | None = None,
         every_n_epochs: int | None = None,
         num_images: int = 32,
         num_heatmaps: int = 8,
@@ -110,69 +118,69 @@ class GMARCallback(Callback):
         save_dir: str | os.PathLike[str] | None = None,
         probe_images: str | os.PathLike[str] | Sequence[int] | None = None,
         verify: bool = True,
+        log_rollouts: Sequence[Rollout] = (),
+        read: Source = "probe",
         inputs: Callable[[Any], Any] | Mapping[str, Callable[[Any], Any]] | None = None,
     ) -> None:
         super().__init__()
-        steps = 100 if every_n_train_steps is None and every_n_epochs is None else every_n_train_steps
-        paths = check_modules(module, target=target, inputs=inputs)
+        paths = check_modules(module, read, target=target, inputs=inputs)
         try:
-            self._schedule = Every(steps=steps, epochs=every_n_epochs)
+            schedule = given_schedule(every_n_train_steps, every_n_epochs, read)
             check_form(norm, rollout, residual, micro_batch_size)
             choice: Choice | None = given_choice(probe_images, probe_batch, inputs is not None)
             given = {path: given_probe(probe_batch, of_path(inputs, path)) for path in paths}
+            beside = beside_primary(rollout, log_rollouts)
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
         check_counts(num_images=num_images, num_heatmaps=num_heatmaps, max_events=max_events)
         check_faithfulness_every(faithfulness_every)
-        check_choice("on_error", on_error, ("warn", "raise"))
-        if not callable(on_collapse):
-            check_choice("on_collapse", on_collapse, ("warn", "alert", "stop"), "or a callable")
+        check_reactions(on_error, on_collapse)
         for path in paths:
-            check_target(of_path(target, path), given[path])
+            goal = of_path(target, path)
+            check_step_read(read, goal, probe_batch=probe_batch, probe_images=probe_images, residual=residual)
+            check_target(goal, given[path])
         self.num_images, self.module, self.target = num_images, module, target
         self.norm: Norm = norm
         self.rollout: Rollout = rollout
         self.on_collapse: Literal["warn", "alert", "stop"] | Callable[..., None] = on_collapse
         self.on_error: Literal["warn", "raise"] = on_error
-        self.save_dir, self.verify, self._restored = save_dir, verify, None
+        self.read: Source = read
+        self.save_dir, self.verify = save_dir, verify
         mean, std = check_display("mean", mean), check_display("std", std)
-        several = not isinstance(module, str | None)
-        settings = ProbeSettings(
-            norm=norm,
-            rollout=rollout,
-            residual=residual,
-            micro_batch_size=micro_batch_size,
-            confirm=confirm,
-            faithfulness_every=faithfulness_every,
-            drawn=num_heatmaps,
-        )
         plan = Plan(
-            schedule=self._schedule,
             num_images=num_images,
             choice=choice,
-            showing=Showing(num_heatmaps, mean, std, class_names, log_per_head, max_events),
+            showing=Showing(num_heatmaps, mean, std, class_names, log_per_head, max_events, beside),
             detector=CollapseDetector() if detector == "default" else detector,
             on_collapse=on_collapse,
             on_error=on_error,
             save_dir=save_dir,
             verify=verify,
+            read=read,
         )
+        several = not isinstance(module, str | None)
         self.watches = tuple(
             Watch(
                 plan,
-                dataclasses.replace(
-                    settings,
-                    module=path,
+                ProbeSettings(
                     target=of_path(target, path),
-                    inputs=of_path(inputs, path),
+                    norm=norm,
+                    rollout=rollout,
+                    residual=residual,
+                    module=path,
                     layer_prefix=f"{path}." if several else "",
+                    inputs=of_path(inputs, path),
+                    micro_batch_size=micro_batch_size,
+                    confirm=confirm,
+                    faithfulness_every=faithfulness_every,
+                    drawn=num_heatmaps,
                 ),
+                copy.deepcopy(schedule),
                 given[path],
                 path if several else None,
             )
             for path in paths
         )
-        self._trainer = 0
 
     @property
     def detector(self) -> CollapseDetector | None:
@@ -182,15 +190,16 @@ class GMARCallback(Callback):
     @property
     def state_key(self) -> str:
         """Tells apart several callbacks in one trainer."""
-        module = self.module if isinstance(self.module, str | None) else list(self.module)
+        schedule = self.watches[0].schedule
         return self._generate_state_key(
-            unit=self._schedule.unit,
-            interval=self._schedule.interval,
+            unit=schedule.unit,
+            interval=schedule.interval if schedule.fixed else "auto",
             num_images=self.num_images,
-            module=module,
+            module=self.module if isinstance(self.module, str | None) else list(self.module),
             target=name_of(self.target) if callable(self.target) else self.target,
             norm=self.norm,
             rollout=self.rollout,
+            **({"read": "step"} if self.read == "step" else {}),  # older checkpoints know no other
             save_dir=None if self.save_dir is None else str(self.save_dir),
         )
 
@@ -201,40 +210,30 @@ class GMARCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the probe images, open or continue the record, and probe the untrained model."""
-        restored, self._restored = self._restored, None
-        if restored is not None or trainer.global_step == 0 or self._trainer != id(trainer):
-            self._schedule.reset()
-            for watch in self.watches:
-                watch.reset()
-        if restored is not None:
-            self._continue_from(restored)
-        self._trainer = id(trainer)
         for watch in self.watches:
-            watch.begin(trainer, pl_module, self, resumed=restored is not None)
-        fresh = [watch for watch in self.watches if watch.last_probe is None]
-        if len(fresh) == len(self.watches):
-            started_at = trainer.global_step if self._schedule.unit == "step" else trainer.current_epoch
-            self._schedule.reset(started_at)
-        for watch in fresh:
-            watch.probe(trainer, pl_module, log_position(trainer), first=True)
+            watch.begin(trainer, pl_module, self)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        """With `read="step"`: watch the batch if its step may be due."""
+        for watch in self.watches:
+            if watch.steps is not None:
+                watch.steps.before(trainer, pl_module)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """With `read="step"`: the batch was seen whole; what other callbacks run from here on is none of it."""
+        for watch in self.watches:
+            if watch.steps is not None and pl_module.automatic_optimization:
+                watch.steps.stop()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Probe when the step count has crossed a multiple of the interval."""
-        if self._schedule.unit == "step" and self._schedule.due(trainer.global_step):
-            for watch in self.watches:
-                watch.probe(trainer, pl_module, log_position(trainer))
+        for watch in self.watches:
+            watch.after_batch(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe when the epoch count has crossed a multiple of the interval."""
-        if self._schedule.unit == "epoch" and self._schedule.due(trainer.current_epoch + 1):
-            for watch in self.watches:
-                watch.probe(trainer, pl_module, log_position(trainer, ended=True))
-        elif self._schedule.unit == "step" and trainer.global_step == 0:
-            self.watches[0].say(
-                "GMARCallback: an epoch went by and Lightning counted no optimizer step; use every_n_epochs"
-            )
+        for watch in self.watches:
+            watch.after_epoch(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe the trained model, write the report, and say what the run was."""
@@ -247,10 +246,9 @@ class GMARCallback(Callback):
             watch.close(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as plain values."""
-        first = {"schedule": self._schedule.state_dict(), **self.watches[0].state_dict()}
+        """What a resumed run needs, as plain values; of several modules, by path too."""
         several = {watch.path: watch.state_dict() for watch in self.watches if watch.path is not None}
-        return {**first, "modules": several} if several else first
+        return {**self.watches[0].state_dict(), **({"modules": several} if several else {})}
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -261,13 +259,8 @@ class GMARCallback(Callback):
             self.load_state_dict(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue a run when training starts; tuners restore states from before the first probe: nothing to do."""
-        self._restored = dict(state_dict) if state_dict["last_probe"] else None
-
-    def _continue_from(self, state: Mapping[str, Any]) -> None:
-        self._schedule.load_state_dict(state["schedule"])
-        modules = state.get("modules", {})
+        """Continue a run when training starts."""
         for watch in self.watches:
-            own = state if watch.path is None else modules.get(watch.path)
-            if own is not None:  # a module that was not watched before starts its record now
-                watch.load_state_dict(own)
+            # A module that was not watched before starts a record of its own.
+            own = state_dict if watch.path is None else state_dict.get("modules", {}).get(watch.path)
+            watch.load_state_dict(own)

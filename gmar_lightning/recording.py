@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from gmar_lightning.monitor.attention_kinds import RULES
 from gmar_lightning.monitor.drift import DriftTracker
 from gmar_lightning.monitor.events import HeadEvent
 from gmar_lightning.monitor.history import History
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.processes import of_first_process
-from gmar_lightning.monitor.record import ProbeRecord
+from gmar_lightning.monitor.record import ProbeRecord, Source
 from gmar_lightning.monitor.say import SayOnce
 from gmar_lightning.monitor.schedule import Every
 from gmar_lightning.monitor.settings import ProbeSettings
@@ -26,8 +26,9 @@ from gmar_lightning.targets import name_of
 from gmar_lightning.trainer import class_names_of, logged_metrics, photographs, planned_probes
 from gmar_lightning.version import __version__
 
-# What is worth waking up for.
+# What is worth stopping for, and what is worth a word: attention can degenerate in a model that still learns.
 _ALARMS = ("collapsed", "layer_vanishing", "nonfinite")
+_WARNINGS = tuple(rule.kind for rule in RULES)
 
 
 class Tolerance:
@@ -70,6 +71,7 @@ class Showing:
         class_names: For captions, or None.
         per_head: Whether every head gets a number.
         max_events: Pictures of at most so many probes.
+        rollouts: Forms of the map that loggers get beside the primary one.
     """
 
     num_heatmaps: int
@@ -78,6 +80,7 @@ class Showing:
     class_names: Sequence[str] | None
     per_head: bool
     max_events: int
+    rollouts: Sequence[str] = ()
 
 
 class Recording:
@@ -87,12 +90,17 @@ class Recording:
         tolerance: What happens where storing or showing fails.
         history: The record, on the first process.
         publisher: What shows it, likewise.
+        opened: Whether a run has begun; not before `open`.
     """
 
     def __init__(
-        self, tolerance: Tolerance, history: History | None = None, publisher: Publisher | None = None
+        self,
+        tolerance: Tolerance,
+        history: History | None = None,
+        publisher: Publisher | None = None,
+        opened: bool = False,
     ) -> None:
-        self._tolerance, self._closed = tolerance, False
+        self._tolerance, self._closed, self._open = tolerance, False, opened
         self.history, self.publisher = history, publisher
 
     @classmethod
@@ -100,7 +108,7 @@ class Recording:
         cls,
         trainer: Trainer,
         pl_module: LightningModule,
-        probe: ProbeBatch,
+        probe: ProbeBatch | None,
         showing: Showing,
         *,
         folder: Path | None,
@@ -116,7 +124,7 @@ class Recording:
         Args:
             trainer: Its loggers are published to.
             pl_module: Asked for class names, mean and standard deviation where there are none.
-            probe: The probe images.
+            probe: The probe images; None where steps are read.
             showing: How the run is shown.
             folder: Where; None keeps the record in memory.
             settings: What the record says of the callback's settings.
@@ -127,38 +135,50 @@ class Recording:
             path: Of the module, as part of every logged name, where several are watched.
         """
         if not trainer.is_global_zero:
-            return cls(tolerance)
+            return cls(tolerance, opened=True)
         if not trainer.loggers and folder is not None:
             rank_zero_info(f"GMARCallback: no logger; the record goes to {folder}")
         names = showing.class_names or class_names_of(trainer, pl_module)
         run = {
             "version": __version__,
-            "num_images": len(probe),
-            "num_heatmaps": min(showing.num_heatmaps, len(probe)),
-            "labels": None if probe.labels is None else probe.labels.tolist(),
             "class_names": None if names is None else list(names),
-            "image_names": None if probe.names is None else list(probe.names),
-            "fingerprint": probe.fingerprint,
             "settings": dict(settings),
+            **(_OF_STEPS if probe is None else _of_images(probe, showing.num_heatmaps)),
         }
         try:
             history = History.open(folder, run, trainer.global_step if resumed else None)
         except (OSError, ValueError) as error:
             say(f"GMARCallback: no record can be written to {folder} ({error}); the run goes on without it")
             history = History.open(None, run)
-        images = probe.images[: showing.num_heatmaps]
-        pictures = photographs(trainer, pl_module, images, showing.mean, showing.std, say, probe.masks)
-        tolerance.run("the record", lambda: history.save_inputs(pictures), trainer.global_step)
-        planned = planned_probes(trainer, schedule.unit, schedule.interval)
+        pictures: list[Any] = []
+        if probe is not None:
+            images = probe.images[: showing.num_heatmaps]
+            pictures = photographs(trainer, pl_module, images, showing.mean, showing.std, say, probe.masks)
+            tolerance.run("the record", lambda: history.save_inputs(pictures), trainer.global_step)
         display = Display(
             images=pictures,
             labels=history.segment_run(history.segment).get("labels"),
             names=history.run.get("class_names"),
-            image_names=probe.names,
+            image_names=None if probe is None else probe.names,
             per_head=showing.per_head,
-            media_every=max(1, math.ceil((planned or 0) / showing.max_events)),
+            most_media=showing.max_events,
+            rollouts=showing.rollouts,
         )
-        return cls(tolerance, history, Publisher(history, trainer.loggers, display, say, path))
+        recording = cls(
+            tolerance, history, Publisher(history, trainer.loggers, display, say, path), opened=True
+        )
+        recording.plan(trainer, schedule)
+        return recording
+
+    def plan(self, trainer: Trainer, schedule: Every) -> None:
+        """Spread the pictures over the probes that are to come, as far as their number can be known."""
+        if self.publisher is not None:
+            self.publisher.plan(planned_probes(trainer, schedule.unit, schedule.interval))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a run has begun to be recorded here; the same on every process."""
+        return self._open
 
     def seam(self, form: str) -> tuple[int, DriftTracker]:
         """Where the probes to come begin: their segment, and the maps that earlier ones of it had.
@@ -206,6 +226,10 @@ class Recording:
 class Reaction:
     """Acts on what the detector reports, on every process.
 
+    Collapsed heads, vanished layers and importance that is not finite are alarms. Attention that degenerates
+    (`attention_kinds.RULES`) is warned of and goes with the loggers' alerts, but never stops a run and never
+    calls a callable written for collapses.
+
     Args:
         on_collapse: "warn", "alert" (the loggers' alert too), "stop" (graceful), or a callable
             `(trainer, pl_module, events)`.
@@ -240,23 +264,54 @@ class Reaction:
         # Importance that stays broken is one alarm, not one for each probe.
         repeated, self._nonfinite = nonfinite and self._nonfinite, nonfinite
         alarms = [event for event in events if event.kind in _ALARMS and not repeated]
-        if not alarms:
-            return
+        said = [event for event in events if event in alarms or event.kind in _WARNINGS]
         if callable(self._on_collapse):
-            self._on_collapse(trainer, pl_module, alarms)
+            said = [event for event in said if event not in alarms]  # those are the callable's
+            if alarms:
+                self._on_collapse(trainer, pl_module, alarms)
+        if not said:
             return
-        text = alarm_text(alarms) if self._path is None else f"in {self._path}: {alarm_text(alarms)}"
+        text = alarm_text(said) if self._path is None else f"in {self._path}: {alarm_text(said)}"
         rank_zero_warn(f"GMARCallback: {text}")
         if self._on_collapse in ("alert", "stop"):
             alert("GMAR: attention heads", text)
-        if self._on_collapse == "stop":
+        if self._on_collapse == "stop" and alarms:
             trainer.should_stop = True
 
 
-def described(settings: ProbeSettings, schedule: Every, num_images: int) -> dict[str, Any]:
-    """The callback's settings as the record and the loggers' configuration say them."""
+# What `run.json` says of the images where there are none: the batches of training, each another one.
+_OF_STEPS: Mapping[str, Any] = {
+    "source": "step",
+    "num_images": 0,
+    "num_heatmaps": 0,
+    "labels": None,
+    "image_names": None,
+    "fingerprint": "training batches",
+}
+
+
+def _of_images(probe: ProbeBatch, drawn: int) -> dict[str, Any]:
     return {
-        "every": f"{schedule.interval} {schedule.unit}s",
+        "source": "probe",
+        "num_images": len(probe),
+        "num_heatmaps": min(drawn, len(probe)),
+        "labels": None if probe.labels is None else probe.labels.tolist(),
+        "image_names": None if probe.names is None else list(probe.names),
+        "fingerprint": probe.fingerprint,
+    }
+
+
+def described(settings: ProbeSettings, schedule: Every, num_images: int, source: Source) -> dict[str, Any]:
+    """The callback's settings as the record and the loggers' configuration say them."""
+    if source == "step":
+        return {
+            "read": "training steps",
+            "every": schedule.described,
+            "module": settings.module,
+            "norm": "l2",
+        }
+    return {
+        "every": schedule.described,
         "num_images": num_images,
         "num_heatmaps": settings.drawn,
         "module": settings.module,

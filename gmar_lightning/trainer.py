@@ -29,9 +29,8 @@ def draw_images(
     trainer: Trainer,
     pl_module: LightningModule,
     given: ProbeBatch | None,
-    *,
     num_images: int,
-    target: str | int,
+    needs_labels: bool,
     say: SayOnce,
     inputs: Inputs = None,
 ) -> ProbeBatch:
@@ -51,7 +50,7 @@ def draw_images(
         )
     if given is None and len(probe) < num_images:
         say(f"GMARCallback: num_images={num_images}, but the validation set has {len(probe)}; using all")
-    if target == "label" and probe.labels is None:
+    if needs_labels and probe.labels is None:
         raise ConfigurationError(
             'target="label" needs labels, and the validation batches have none; use target="predicted" or '
             "pass probe_batch=(images, labels)"
@@ -178,10 +177,14 @@ def state_of_same_run(
     return ours[0] if unmatched and len(ours) == 1 else None
 
 
-def _alike(trainer: Trainer, callback: Callback) -> list[Callback]:
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The trainer's callbacks, in their order."""
     # Lightning sets this attribute in its callback connector, where type checkers do not see it.
-    callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009
-    return [other for other in callbacks if type(other) is type(callback)]
+    return getattr(trainer, "callbacks")  # noqa: B009
+
+
+def _alike(trainer: Trainer, callback: Callback) -> list[Callback]:
+    return [other for other in callbacks_of(trainer) if type(other) is type(callback)]
 
 
 def callable_model(trainer: Trainer, pl_module: LightningModule) -> nn.Module:

@@ -1,9 +1,8 @@
-"""One module under watch: its probe images, its probes, its record. The callback says when."""
+"""One module under watch: its probe images, its probes, its record. The callback says which."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import os
 import time
@@ -13,33 +12,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from gmar_lightning.arguments import check_forward, check_module, named_in_error
-from gmar_lightning.chosen import Choice, chosen_probe, indices_of
+from gmar_lightning.chosen import Choice
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.monitor.collapse import CollapseDetector
 from gmar_lightning.monitor.probe import ProbeBatch
-from gmar_lightning.monitor.probing import Moment, Prober
+from gmar_lightning.monitor.probing import Prober
+from gmar_lightning.monitor.record import ProbeRecord, Source
 from gmar_lightning.monitor.say import SayOnce
-from gmar_lightning.monitor.schedule import Every, repeats
-from gmar_lightning.monitor.selftest import SelfTest
+from gmar_lightning.monitor.schedule import Adaptive, Every, repeats
 from gmar_lightning.monitor.settings import ProbeSettings
+from gmar_lightning.probe_taker import ProbeTaker
 from gmar_lightning.recording import Reaction, Recording, Showing, Tolerance, described
+from gmar_lightning.run_state import RunState, continuable
 from gmar_lightning.show import keys
 from gmar_lightning.show.dashboard import as_metrics
-from gmar_lightning.trainer import (
-    callable_model,
-    default_folder,
-    draw_images,
-    ends_here,
-    is_smoke_test,
-    log_position,
-    logged_metrics,
-    not_state,
-    silenced,
-    state_of_run,
-)
+from gmar_lightning.step_watch import StepWatch, stop_watching
+from gmar_lightning.trainer import default_folder, is_smoke_test, log_position
 
 
 @dataclass(frozen=True)
@@ -47,7 +38,6 @@ class Plan:
     """What the callback was asked for, the same for every module under watch.
 
     Attributes:
-        schedule: How often probes are due.
         num_images: Probe size.
         choice: What `probe_images` asks for, or None.
         showing: How the run is shown.
@@ -56,9 +46,9 @@ class Plan:
         on_error: "warn" or "raise".
         save_dir: Local record, or None.
         verify: Whether the first probe also copies the weights.
+        read: "probe" or "step".
     """
 
-    schedule: Every
     num_images: int
     choice: Choice | None
     showing: Showing
@@ -67,6 +57,7 @@ class Plan:
     on_error: Literal["warn", "raise"]
     save_dir: str | os.PathLike[str] | None
     verify: bool
+    read: Source
 
 
 class Watch:
@@ -75,73 +66,122 @@ class Watch:
     Args:
         plan: What the callback was asked for.
         settings: What is asked of this module.
+        schedule: How often probes are due.
         given: The user's own probe images, or None.
         path: Its part of every logged name, of the record's folder and of what is said, where several modules are
             watched; None for a single one.
+
+    Attributes:
+        prober: Explains and judges.
+        steps: Reads training steps, with `read="step"`; None for probes.
+        recording: Stores and shows.
     """
 
     def __init__(
-        self, plan: Plan, settings: ProbeSettings, given: ProbeBatch | None, path: str | None = None
+        self,
+        plan: Plan,
+        settings: ProbeSettings,
+        schedule: Every | Adaptive,
+        given: ProbeBatch | None,
+        path: str | None = None,
     ) -> None:
-        self.plan, self.settings, self.given, self.path = plan, settings, given, path
-        self.reset()
+        self.plan, self.settings, self.schedule, self.given, self.path = plan, settings, schedule, given, path
+        self._restored: dict[str, Any] | None = None
+        self._begin_run()
 
-    def reset(self) -> None:
-        """Forget the run."""
+    def _begin_run(self) -> None:
+        plan = self.plan
+        self.schedule.reset()
         self.say = SayOnce(functools.partial(_warn, self.path))
-        self.selftest = SelfTest(self.plan.verify, self.say)
-        fresh = copy.deepcopy(self.plan.detector)
-        self.prober = Prober(self.settings, detector=fresh, on_error=self.plan.on_error, say=self.say)
-        self.tolerance = Tolerance(self.plan.on_error, self.say)
-        self.reaction = Reaction(self.plan.on_collapse, self.path)
-        self.recording = Recording(self.tolerance)
-        self.last_probe: tuple[int, int] | None = None  # (optimizer steps, logger's x)
-        self.started, self.seconds = time.monotonic(), 0.0
-        self.folder: str | None = None
-        self.fingerprint: str | None = None
-        self.indices: list[int] | None = None
+        fresh = copy.deepcopy(plan.detector)
+        self.prober = Prober(self.settings, detector=fresh, on_error=plan.on_error, say=self.say)
+        self._taker = ProbeTaker(self.prober, self.given, plan.choice, plan.verify, self.say)
+        self._tolerance = Tolerance(plan.on_error, self.say)
+        self._reaction = Reaction(plan.on_collapse, self.path)
+        self.recording = Recording(self._tolerance)
+        self.steps = StepWatch(self.schedule, self.prober) if plan.read == "step" else None
+        self._state = RunState()
+        self._fit_started, self._trainer = time.monotonic(), 0
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain values."""
         return {
-            "last_probe": list(self.last_probe or ()),
+            **self._state.state_dict(),
+            "schedule": self.schedule.state_dict(),
             "session": self.prober.state_dict(),
-            "fingerprint": self.fingerprint,
-            "folder": self.folder,
-            "probe_images": self.indices,
-            "probe_seconds": self.seconds,
+            "read": self.plan.read,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
-        if not state["last_probe"]:
-            return
-        self.last_probe = (state["last_probe"][0], state["last_probe"][1])
-        self.prober.load_state_dict(state["session"])
-        self.fingerprint, self.folder = state["fingerprint"], state["folder"]
-        self.indices = state.get("probe_images")  # missing in older checkpoints
-        self.seconds = state["probe_seconds"]
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Continue a run when training starts."""
+        self._restored = None if state is None else continuable(state, self.plan.read, self.say)
 
-    def begin(self, trainer: Trainer, pl_module: LightningModule, callback: Callback, resumed: bool) -> None:
-        """Draw the probe images, and open or continue the record."""
-        self.started = time.monotonic()
+    def begin(self, trainer: Trainer, pl_module: LightningModule, callback: Callback) -> None:
+        """Draw the probe images, open or continue the record, and probe the untrained model."""
         check_module(pl_module, self.settings.module)
-        context = trainer.precision_plugin.forward_context  # of this trainer, one of several perhaps
-        self.prober.settings = dataclasses.replace(self.prober.settings, precision=context)
-        probe = self._images(trainer, pl_module)
-        check_forward(pl_module, self.settings, probe)
-        changed = self.fingerprint is not None and self.fingerprint != probe.fingerprint
-        if changed:
-            self.say(
-                "GMARCallback: the validation set gives other probe images than before; the record starts a new "
-                "segment"
+        restored, self._restored = self._restored, None
+        if restored is not None or trainer.global_step == 0 or self._trainer != id(trainer):
+            self._begin_run()
+        if restored is not None:
+            self.schedule.load_state_dict(restored["schedule"])
+            self.prober.load_state_dict(restored["session"])
+            self._state = RunState.from_checkpoint(restored)
+        self._trainer, self._fit_started = id(trainer), time.monotonic()
+        began, by_step = self._state.last_probe is None, self.schedule.unit == "step"
+        if began:
+            self.schedule.reset(trainer.global_step if by_step else trainer.current_epoch)
+        if self.steps is not None:
+            check_forward(pl_module, self.settings, None)
+            self.steps.begin(pl_module, self.settings.module, first=began)
+            self._open_record(trainer, pl_module, callback, None, resumed=restored is not None)
+        else:
+            names, known = self.plan.showing.class_names, self._state.indices
+            probe, self._state.indices = self._taker.draw(
+                trainer, pl_module, self.plan.num_images, names, known
             )
-        self.fingerprint = probe.fingerprint
-        folder = self.folder or self.plan.save_dir or default_folder(trainer, callback)
-        if self.folder is None or self.plan.save_dir is not None:
-            folder = Path(self.plan.save_dir or folder, self.path or "")
-        self.folder = str(folder)
-        if self.prober.probe is not None and not changed:
+            check_forward(pl_module, self.settings, probe)
+            self._open_record(trainer, pl_module, callback, probe, resumed=restored is not None)
+            if began:
+                self._run_probe(trainer, pl_module, log_position(trainer), first=True)
+        self.schedule.begin(trainer.global_step, time.monotonic())
+
+    def after_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Probe when the step count has crossed a multiple of the interval."""
+        if self.steps is not None:
+            record = self.steps.after(trainer)
+            if record is not None:
+                self._state.last_probe = (record.global_step, record.step)
+                self._keep(trainer, pl_module, record)
+        elif self.schedule.unit == "step" and self.schedule.due(trainer.global_step):
+            self._run_probe(trainer, pl_module, log_position(trainer))
+
+    def after_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Probe when the epoch count has crossed a multiple of the interval."""
+        if self.schedule.unit == "epoch" and self.schedule.due(trainer.current_epoch + 1):
+            self._run_probe(trainer, pl_module, log_position(trainer, ended=True))
+        elif self.schedule.unit == "step" and trainer.global_step == 0:
+            self.say("GMARCallback: in a whole epoch Lightning counted no optimizer step; use every_n_epochs")
+
+    def end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Probe the trained model, write the report, and say what the run was."""
+        position, before = log_position(trainer, ended=True), self._state.last_probe
+        if before is not None and before[0] != trainer.global_step:
+            position = max(position, before[1] + 1)
+        self._run_probe(trainer, pl_module, position, ended=True)
+        self.close(trainer)
+
+    def _open_record(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        callback: Callback,
+        probe: ProbeBatch | None,
+        resumed: bool,
+    ) -> None:
+        state, changed = self._state, self._state.has_other_images(probe, self.say)
+        if self.plan.save_dir is not None or state.folder is None:
+            state.folder = str(Path(self.plan.save_dir or default_folder(trainer, callback), self.path or ""))
+        if self.recording.is_open and not changed:
             return
         on_disk = self.plan.save_dir is not None or not is_smoke_test(trainer)
         self.recording = Recording.open(
@@ -149,35 +189,18 @@ class Watch:
             pl_module,
             probe,
             self.plan.showing,
-            folder=Path(self.folder) if on_disk else None,
-            settings=described(self.settings, self.plan.schedule, self.plan.num_images),
-            schedule=self.plan.schedule,
+            folder=Path(state.folder) if on_disk else None,
+            settings=described(self.settings, self.schedule, self.plan.num_images, self.plan.read),
+            schedule=self.schedule,
             resumed=resumed or changed,
             say=self.say,
-            tolerance=self.tolerance,
+            tolerance=self._tolerance,
             path=self.path,
         )
-        self.prober.begin(probe, *self.recording.seam(self.settings.rollout))
+        if probe is not None:
+            self.prober.begin(probe, *self.recording.seam(self.settings.rollout))
 
-    def _images(self, trainer: Trainer, pl_module: LightningModule) -> ProbeBatch:
-        plan, inputs, given = self.plan, self.settings.inputs, self.given
-        if plan.choice is not None:
-            names, which = plan.showing.class_names, self.indices or plan.choice
-            module = self.settings.module
-            given = chosen_probe(trainer, pl_module, which, plan.num_images, module, names, self.say, inputs)
-            self.indices = indices_of(plan.choice, given)
-        target = "predicted" if callable(self.settings.target) else self.settings.target
-        return draw_images(
-            trainer,
-            pl_module,
-            given,
-            num_images=plan.num_images,
-            target=target,
-            say=self.say,
-            inputs=inputs,
-        )
-
-    def probe(
+    def _run_probe(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -185,56 +208,36 @@ class Watch:
         first: bool = False,
         ended: bool = False,
     ) -> None:
-        """Take a probe, store and show it, and react to what it found.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The LightningModule.
-            step: The logger's x.
-            first: Whether it is the first of the run, at which a model that cannot be explained is refused.
-            ended: Whether training is over.
-        """
         now = (trainer.global_step, step)
-        spent = self.prober.spent or self.selftest.mode == "refused"
-        over = self.prober.probe is None or spent or (is_smoke_test(trainer) and not first)
-        if over or repeats(self.last_probe, now):
+        over = self._taker.spent or (is_smoke_test(trainer) and not first)
+        if over or repeats(self._state.last_probe, now):
             return
-        started, self.last_probe = time.monotonic(), now
-        last = ended or ends_here(trainer)
-        moment = Moment(step, now[0], trainer.current_epoch, logged_metrics(trainer), last)
+        stop_watching(trainer)  # another callback may read this very step, and the probe is none of it
+        started, self._state.last_probe = time.monotonic(), now
         try:
-            with silenced(trainer, pl_module):
-                record = self.selftest.take(
-                    lambda model: self.prober.take(model, moment, first),
-                    callable_model(trainer, pl_module),
-                    state_of_run(trainer, pl_module),
-                    not_state(trainer),
-                )
+            record = self._taker.take(trainer, pl_module, step, first, ended)
         except UnsupportedModelError as error:
             raise named_in_error(error, self.path) from error
+        self._keep(trainer, pl_module, record)
+        took = time.monotonic() - started
+        self._state.seconds += took
+        if chosen := self.schedule.paid(trainer.global_step, took, started + took):
+            rank_zero_info(f"GMARCallback: {chosen}")
+            self.recording.plan(trainer, self.schedule)
+
+    def _keep(self, trainer: Trainer, pl_module: LightningModule, record: ProbeRecord) -> None:
         if record.failure is None:
             numbers = as_metrics(record).items()
             trainer.callback_metrics.update({keys.under(self.path, name): value for name, value in numbers})
         self.recording.add(record)
-        react = functools.partial(self.reaction.to, trainer, pl_module, record.events, self.recording.alert)
-        self.tolerance.run("on_collapse", react, record.step)
-        self.seconds += time.monotonic() - started
-
-    def end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Probe the trained model, write the report, and say what the run was."""
-        position = log_position(trainer, ended=True)
-        if self.last_probe is not None and self.last_probe[0] != trainer.global_step:
-            position = max(position, self.last_probe[1] + 1)
-        self.probe(trainer, pl_module, position, ended=True)
-        self.close(trainer)
+        react = functools.partial(self._reaction.to, trainer, pl_module, record.events, self.recording.alert)
+        self._tolerance.run("on_collapse", react, record.step)
 
     def close(self, trainer: Trainer) -> None:
         """Write the report, once, and say what the run was."""
-        counts, seconds = (
-            (self.prober.taken, self.prober.failed),
-            (self.seconds, time.monotonic() - self.started),
-        )
-        self.recording.close(trainer, counts, seconds)
+        stop_watching(trainer)
+        prober, seconds = self.prober, (self._state.seconds, time.monotonic() - self._fit_started)
+        self.recording.close(trainer, (prober.taken, prober.failed), seconds)
 
 
 def _warn(path: str | None, sentence: str) -> None:

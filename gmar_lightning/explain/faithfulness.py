@@ -9,7 +9,7 @@ removed cells are replaced by changes rankings between methods, so report it:
 - "mean": the image's own mean colour;
 - "blur": the image under a Gaussian blur as wide as a cell;
 - "attention": pixels stay, and no token attends to a removed patch any more, in any layer. Grey or blurred
-  patches are themselves something a Vision Transformer has not been trained on; hidden ones are just absent.
+  patches are something that a Vision Transformer has not been trained on; hidden ones are just absent.
   For models that read a class token or an attention pool; a mean over patch tokens is refused.
 """
 
@@ -51,8 +51,7 @@ def insertion(
     """Area under the probability as cells appear, hottest first (RISE, Petsiuk et al. 2018).
 
     `integral_0^1 p(f) df`, with `p(f)` the probability when the fraction `f` of cells that the heatmap ranks
-    highest is shown, by the trapezoidal rule over `steps` equal parts. Higher is better. Cells of equal heat
-    are taken in a fixed scattered order, so that ties do not read like a scan of the picture.
+    highest is shown, by the trapezoidal rule over `steps` equal parts. Higher is better. Equal cells: scattered.
 
     Cost: `steps + 1` forwards per image; "attention" one more.
 
@@ -89,10 +88,9 @@ def deletion(
     mean: Channels = None,
     std: Channels = None,
 ) -> Tensor:
-    """Area under the probability as cells vanish, hottest first (RISE, Petsiuk et al. 2018).
+    """Area under the probability as cells vanish, hottest first (RISE, Petsiuk et al. 2018); lower is better.
 
-    As `insertion`, with `p(f)` the probability when the fraction `f` of cells that the heatmap ranks highest
-    is removed. Lower is better. Cost: `steps + 1` forwards per image.
+    As `insertion`, with the fraction `f` of hottest cells removed. Cost: `steps + 1` forwards per image.
     """
     check_steps(steps)
     with perturbing(model, images, heatmaps, targets, baseline=baseline, mean=mean, std=std) as probe:

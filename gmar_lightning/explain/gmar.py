@@ -57,6 +57,8 @@ class GMARResult:
             None unless asked for.
         signals: For each name of `signals.SIGNALS` (which defines them) a `(batch, layers, heads)`; empty unless
             asked for.
+        runner_up: The map of the first form for the runner-up class, shaped as `heatmaps`; None unless asked for, and
+            where there is no second class or `scope` is not "whole".
         scope: What the picture covers: "whole", "last stage, 7 x 7" (a rollout over the last layers that share one
             grid of the whole image; exact for those), or "none: " and the reason why `heatmaps` is None.
     """
@@ -72,6 +74,7 @@ class GMARResult:
     maps: Mapping[str, Tensor] = field(default_factory=dict)
     head_maps: Tensor | None = None
     signals: Mapping[str, Tensor] = field(default_factory=dict)
+    runner_up: Tensor | None = None
     scope: str = "whole"
 
     def _repr_html_(self) -> str:
@@ -97,6 +100,7 @@ def gmar(
     module: str | None = None,
     signals: bool = False,
     head_maps: HeadMaps = False,
+    runner_up: bool = False,
     inputs: Inputs = None,
 ) -> GMARResult:
     """Explain a batch: one heatmap per image, one importance per attention head.
@@ -131,6 +135,8 @@ def gmar(
             whose name says no mask is the image; a pair `(arguments, name)` says otherwise, by name, position or
             path (`0.image`). Called on the whole batch, and on each part of one that is cut by `micro_batch_size`:
             a batch is cut as lists, mappings and tensors with a row per image, or as a list of samples.
+        runner_up: Also return the map of the most probable class beside the explained one, for one more backward
+            through the same graph: a map that is the same for both is blind to the class.
 
     Returns:
         The explanation. Row i of a batch equals image i alone. Models without one set of tokens for all layers
@@ -144,13 +150,18 @@ def gmar(
     check_form(norm, rollout, residual, micro_batch_size)
     if head_maps not in (False, True, "plain"):
         raise ValueError(f'head_maps must be True, False or "plain", got {head_maps!r}')
-    form = Form(norm, forms_of(rollout), 1.0 if residual is None else residual, signals, head_maps)
+    factor = 1.0 if residual is None else residual
+    form = Form(norm, forms_of(rollout), factor, signals, head_maps, runner_up)
     classifier = classifier_of(model, module)
+    # Everything the forward could change is kept before the first line of it runs and put back on every
+    # exit.
     with undisturbed(classifier):
         count = batch_size(named_inputs(images, inputs))
         goals = checked_targets(targets, count)
         parts = micro_batches(images, count, goals, min(micro_batch_size or count, count))
         explain = functools.partial(_explain, classifier, form=form, inputs=inputs)
+        # Tried as the model stands first; `no_grad` and `detach` inside its forward are lifted only when
+        # that fails.
         try:
             found = with_gradients_lifted(lambda: _joined([explain(*part) for part in parts]))
         except WrongModuleError as error:
@@ -167,16 +178,17 @@ def gmar(
 def _explain(classifier: nn.Module, batch: Any, targets: Goal, *, form: Form, inputs: Inputs) -> GMARResult:
     given = model_inputs(classifier, batch, inputs)
     seen = measure(classifier, given, targets, form)
+    # None: as many images as tokens, and nothing tells the two axes apart. Half the batch does.
     if seen is None:
         count = batch_size(given)
         halves = micro_batches(batch, count, targets, -(-count // 2))
         return _joined([_explain(classifier, *half, form=form, inputs=inputs) for half in halves])
     numbers, picture, score = seen.numbers, seen.picture, seen.explained.score
-    maps = {}
+    maps, other = {}, None
     if seen.sweep is not None and picture is not None:
-        maps = {
-            name: _folded(row, picture.layout, picture.padding) for name, row in seen.sweep.maps().items()
-        }
+        fold = functools.partial(_folded, layout=picture.layout, padding=picture.padding)
+        maps = {name: fold(row) for name, row in seen.sweep.maps().items()}
+        other = None if seen.runner_up is None else fold(seen.runner_up)
     return GMARResult(
         heatmaps=maps.get(form.rollouts[0]),
         importance=_ragged([layer.importance for layer in numbers]),
@@ -189,6 +201,7 @@ def _explain(classifier: nn.Module, batch: Any, targets: Goal, *, form: Form, in
         maps=maps,
         head_maps=_head_maps(seen) if form.head_maps else None,
         signals={name: _ragged([layer.signals[name] for layer in numbers]) for name in numbers[0].signals},
+        runner_up=other,
         scope=seen.scope,
     )
 
@@ -236,6 +249,7 @@ def _cat(values: list[Any]) -> Any:
 def _ragged(per_layer: list[Tensor]) -> Tensor:
     """Stack `(batch, heads, ...)` of every layer, padded with NaN to the widest layer."""
     widest = max(layer.shape[1] for layer in per_layer)
+    # NaN, not zero: a head that does not exist must not look like a head that died.
     stacked = per_layer[0].new_full(
         (len(per_layer[0]), len(per_layer), widest, *per_layer[0].shape[2:]), torch.nan
     )

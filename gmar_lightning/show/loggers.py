@@ -30,7 +30,7 @@ class TensorBoardAdapter(Adapter):
             writer.add_image(name, picture, shown.step, dataformats="HWC")
         finite = shown.importance[np.isfinite(shown.importance)]
         if finite.size:
-            writer.add_histogram(self.named(keys.IMPORTANCE_HISTOGRAM), finite, shown.step)
+            writer.add_histogram(self.key(keys.IMPORTANCE_HISTOGRAM), finite, shown.step)
 
 
 class ImageHookAdapter(Adapter):
@@ -64,7 +64,7 @@ class MLFlowAdapter(Adapter):
         """The report as an artifact, the summary as tags, by which MLflow filters runs."""
         client, run = self.logger.experiment, self.logger.run_id
         if ending.report is not None:
-            client.log_artifact(run, str(ending.report), f"gmar/{self.path}" if self.path else "gmar")
+            client.log_artifact(run, str(ending.report), self.key("gmar"))
         for name, value in ending.summary.items():
             client.set_tag(run, self.prefixed(name), str(value))
 
@@ -131,19 +131,14 @@ _ADAPTERS: dict[str, type[Adapter]] = {
 }
 
 
-def adapter_for(logger: Any, path: str | None = None) -> Adapter:
-    """The adapter that knows this logger; any other gets pictures if it has `log_image`, and the numbers.
-
-    Args:
-        logger: The logger.
-        path: Of the module, where several are watched.
-    """
+def adapter_for(logger: Any) -> Adapter:
+    """The adapter that knows this logger; any other gets pictures if it has `log_image`, and the numbers."""
     # By name: `lightning` and `pytorch_lightning` each have their own class.
     for kind in type(logger).__mro__:
         if kind.__name__ in _ADAPTERS:
-            return _ADAPTERS[kind.__name__](logger, path)
+            return _ADAPTERS[kind.__name__](logger)
     takes_images = callable(getattr(logger, "log_image", None)) and type(logger).__name__ != "DummyLogger"
-    return ImageHookAdapter(logger, path) if takes_images else Adapter(logger, path)
+    return ImageHookAdapter(logger) if takes_images else Adapter(logger)
 
 
 def _single_pictures(shown: Publication) -> list[tuple[str, np.ndarray, str]]:

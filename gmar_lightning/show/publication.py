@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gmar_lightning.monitor.record import Source
 from gmar_lightning.show import keys
 
 
@@ -22,6 +23,7 @@ class Publication:
         scalars: Name to number; NaN where there is none this time.
         hidden: Names among the scalars that get no panel of their own.
         heatmaps: Overlays, uint8 `(height, width, 3)` each, in probe order; empty when media are thinned out.
+        others: Name to overlays of another form of the map, likewise.
         captions: One per overlay.
         inputs: The clean photographs, at the first probe only.
         grids: Name to picture, uint8 `(height, width, 3)`.
@@ -36,6 +38,7 @@ class Publication:
     scalars: Mapping[str, float]
     hidden: frozenset[str] = frozenset()
     heatmaps: Sequence[np.ndarray] = ()
+    others: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
     captions: Sequence[str] = ()
     inputs: Sequence[np.ndarray] = ()
     grids: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -53,8 +56,8 @@ class Publication:
     @property
     def lists(self) -> dict[str, Sequence[np.ndarray]]:
         """Name to pictures, one per probe image; names without pictures this time are left out."""
-        both = {keys.HEATMAPS: self.heatmaps, keys.INPUTS: self.inputs}
-        return {keys.under(self.path, name): images for name, images in both.items() if len(images)}
+        every = {keys.HEATMAPS: self.heatmaps, **self.others, keys.INPUTS: self.inputs}
+        return {keys.under(self.path, name): images for name, images in every.items() if len(images)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,13 +85,16 @@ class Adapter:
     Attributes:
         logger: The logger.
         pictures: Whether `publish` sends pictures too.
-        path: Of the module, where several are watched.
+        source: Where the numbers come from; decides the names.
+        path: Of the module, where several are watched; is part of the names.
     """
 
     pictures = False
+    source: Source = "probe"
+    path: str | None = None
 
-    def __init__(self, logger: Any, path: str | None = None) -> None:
-        self.logger, self.path = logger, path
+    def __init__(self, logger: Any) -> None:
+        self.logger = logger
 
     def open(self, settings: Mapping[str, Any], scalars: Sequence[str], hidden: frozenset[str]) -> None:
         """Announce names and settings before the first publication."""
@@ -104,9 +110,9 @@ class Adapter:
     def close(self, ending: Ending) -> None:
         """Hand over what belongs to the end of a run."""
 
-    def named(self, name: str) -> str:
-        """The name with the module's path in it, where several modules are watched."""
-        return keys.under(self.path, name)
+    def key(self, name: str) -> str:
+        """The name, as this source of this module logs it."""
+        return keys.of_source(keys.under(self.path, name), self.source)
 
     def prefixed(self, name: str) -> str:
         """The name as `log_metrics` of this logger writes it."""

@@ -34,21 +34,20 @@ class WandbAdapter(Adapter):
 
     pictures = True
 
-    def __init__(self, logger: Any, path: str | None = None) -> None:
-        super().__init__(logger, path)
+    def __init__(self, logger: Any) -> None:
+        super().__init__(logger)
         self._tables: dict[str, Any] = {}
         self._defined: set[str] = set()
 
     def open(self, settings: Mapping[str, Any], scalars: Sequence[str], hidden: frozenset[str]) -> None:
         """Define every key and put the settings into `config.gmar`."""
         run = self.logger.experiment
-        name = f"gmar/{self.path}" if self.path else "gmar"
-        run.config.update({name: dict(settings)}, allow_val_change=True)
+        run.config.update({self.key("gmar"): dict(settings)}, allow_val_change=True)
         # Every key by its exact name: overlapping globs are resolved at random, and a run that existed before
         # the logger has no step metric at all.
         run.define_metric(keys.STEP)
-        media = map(self.named, keys.of_kind("pictures", "picture", "histogram", "growing table"))
-        for name in (*scalars, *media):
+        media = keys.of_kind("pictures", "picture", "histogram", "growing table")
+        for name in (*scalars, *map(self.key, media)):
             if name in hidden:
                 run.define_metric(self.prefixed(name), step_metric=keys.STEP, hidden=True, summary="none")
             else:
@@ -62,9 +61,11 @@ class WandbAdapter(Adapter):
     def publish(self, shown: Publication) -> None:
         """Hand over one probe: a single `log_metrics` call, so that all of it shares one row."""
         grown = self._grown_tables(shown)
-        for name in shown.grids:
+        for name in (*shown.grids, *map(self.key, shown.others)):
             self._define(name)  # which heads will have a picture is not known before they are flagged
-        self.logger.log_metrics({**shown.finite, **self._media(shown), **grown}, step=shown.step)
+        self.logger.log_metrics(
+            {**shown.finite, **_media(shown, self.key(keys.IMPORTANCE_HISTOGRAM)), **grown}, step=shown.step
+        )
         for table in grown.values():
             _forget_rows(table)
 
@@ -77,11 +78,9 @@ class WandbAdapter(Adapter):
         import wandb
 
         table = wandb.Table(columns=list(_HEAD_COLUMNS), data=[list(row) for row in ending.rows])
-        last: dict[str, Any] = {self.named(keys.HEAD_TABLE): table}
+        last: dict[str, Any] = {self.key(keys.HEAD_TABLE): table}
         if ending.report is not None:
-            last[self.named(keys.REPORT)] = wandb.Html(
-                ending.report.read_text(encoding="utf-8"), inject=False
-            )
+            last[self.key(keys.REPORT)] = wandb.Html(ending.report.read_text(encoding="utf-8"), inject=False)
         self.logger.log_metrics(last, step=ending.step)
         run = self.logger.experiment
         run.summary.update({self.prefixed(key): value for key, value in ending.summary.items()})
@@ -89,8 +88,9 @@ class WandbAdapter(Adapter):
             if path is None:
                 continue
             # One name per run: a resumed run adds a version.
-            of_module = f"{self.path}-" if self.path else ""
-            artefact = wandb.Artifact(f"gmar-{kind}-{of_module}{run.id}", type=f"gmar-{kind}")
+            artefact = wandb.Artifact(
+                self.key(f"gmar-{kind}-{run.id}").replace("/", "-"), type=f"gmar-{kind}"
+            )
             artefact.add_dir(str(path)) if path.is_dir() else artefact.add_file(str(path))
             run.log_artifact(artefact)
 
@@ -98,32 +98,14 @@ class WandbAdapter(Adapter):
         """The tables that have new rows, by key."""
         grown = {}
         if shown.events:
-            events = grown[self.named(keys.EVENTS)] = self._table(keys.EVENTS, _EVENT_COLUMNS)
+            events = grown[self.key(keys.EVENTS)] = self._table(self.key(keys.EVENTS), _EVENT_COLUMNS)
             for event in shown.events:
                 events.add_data(*(_cell(event.get(name)) for name in _EVENT_COLUMNS))
         if shown.image_rows and len(shown.heatmaps):
-            images = grown[self.named(keys.IMAGES)] = self._table(keys.IMAGES, _IMAGE_COLUMNS)
+            images = grown[self.key(keys.IMAGES)] = self._table(self.key(keys.IMAGES), _IMAGE_COLUMNS)
             for row in _image_rows(shown):
                 images.add_data(*row)
         return grown
-
-    def _media(self, shown: Publication) -> dict[str, Any]:
-        import wandb
-
-        media: dict[str, Any] = {
-            name: [
-                wandb.Image(image, caption=caption, file_type="jpg")
-                for image, caption in zip(images[:_MOST_IMAGES], shown.captions, strict=False)
-            ]
-            for name, images in shown.lists.items()
-        }
-        media.update({name: wandb.Image(picture, file_type="png") for name, picture in shown.grids.items()})
-        finite = shown.importance[np.isfinite(shown.importance)]
-        if finite.size:
-            # A fixed range, in fair shares, so that the rows of all steps line up.
-            counts = np.histogram(np.clip(finite, 0, 4), bins=32, range=(0, 4))
-            media[self.named(keys.IMPORTANCE_HISTOGRAM)] = wandb.Histogram(np_histogram=counts)
-        return media
 
     def _table(self, key: str, columns: Sequence[str]) -> Any:
         import wandb
@@ -143,6 +125,25 @@ def offline_run(loggers: Sequence[Any]) -> Path | None:
         if known and getattr(logger.experiment, "offline", False):
             return Path(os.path.relpath(logger.experiment.settings.sync_dir))
     return None
+
+
+def _media(shown: Publication, histogram: str) -> dict[str, Any]:
+    import wandb
+
+    media: dict[str, Any] = {
+        name: [
+            wandb.Image(image, caption=caption, file_type="jpg")
+            for image, caption in zip(images[:_MOST_IMAGES], shown.captions, strict=False)
+        ]
+        for name, images in shown.lists.items()
+    }
+    media.update({name: wandb.Image(picture, file_type="png") for name, picture in shown.grids.items()})
+    finite = shown.importance[np.isfinite(shown.importance)]
+    if finite.size:
+        # A fixed range, in fair shares, so that the rows of all steps line up.
+        counts = np.histogram(np.clip(finite, 0, 4), bins=32, range=(0, 4))
+        media[histogram] = wandb.Histogram(np_histogram=counts)
+    return media
 
 
 def _image_rows(shown: Publication) -> list[list[Any]]:
