@@ -162,6 +162,7 @@ def check_fit(trainer: Trainer) -> None:
             "Trainer(barebones=True) switches everything off that costs time; GMARCallback is such a thing. "
             "Remove one of the two."
         )
+    check_strategy(trainer.strategy)
 
 
 def check_forward(pl_module: LightningModule, settings: ProbeSettings, probe: ProbeBatch | None) -> None:
@@ -174,14 +175,49 @@ def check_forward(pl_module: LightningModule, settings: ProbeSettings, probe: Pr
         given = named_inputs(probe.part(list(range(min(2, len(probe))))), settings.inputs)
         working = said(candidates(pl_module, given))
     raise ConfigurationError(
-        f"{type(pl_module).__name__} defines no forward(images) -> logits. Name the classifier inside it "
-        f"with GMARCallback(module=...); its children: {children}. {working}".rstrip()
+        f"{type(pl_module).__name__} defines no forward(images) -> logits. Define one, or name with "
+        "GMARCallback(module=...) a submodule that returns class scores, backbone and head together; features "
+        f"are explained by a callable target. Its children: {children}. {working}".rstrip()
     )
 
 
 def named_in_error(error: UnsupportedModelError, path: str | None) -> UnsupportedModelError:
     """The error with the module it is about, where several are watched."""
     return error if path is None else type(error)(f"module={path!r}: {error}")
+
+
+# By class name, so that nothing is imported: what these do to weights was never tried with a probe.
+_STRATEGIES = {
+    "DeepSpeedStrategy": "its engine owns forward, backward and weights, which stage 3 partitions",
+    "XLAFSDPStrategy": "its sharded weights cannot be gathered for a probe",
+    "MegatronStrategy": "it cuts single layers up between processes (tensor and pipeline parallelism)",
+    "ColossalAIStrategy": "its engine owns forward, backward and weights",
+}
+
+
+def check_strategy(strategy: Any) -> None:
+    """Refuse a strategy under which no process can run the model by itself.
+
+    Args:
+        strategy: The trainer's strategy; FSDP and data-parallel ones pass.
+
+    Raises:
+        ConfigurationError: Naming the strategy, the reason, and what works.
+    """
+    names = [kind.__name__ for kind in type(strategy).__mro__]
+    reason = next((_STRATEGIES[name] for name in names if name in _STRATEGIES), None)
+    if "ModelParallelStrategy" in names:
+        size = getattr(strategy, "_tensor_parallel_size", 1)  # "auto" until the processes have met
+        if size != 1:
+            reason = (
+                f"tensor_parallel_size={size!r} splits the heads of a layer between processes, so that no process "
+                "sees whole attention maps; with tensor_parallel_size=1 it shards by fully_shard, which works"
+            )
+    if reason is not None:
+        raise ConfigurationError(
+            f"GMARCallback cannot work under {type(strategy).__name__}: {reason}. Single-device, DDP, FSDP and "
+            "ModelParallelStrategy(tensor_parallel_size=1) are supported."
+        )
 
 
 def check_module(pl_module: LightningModule, module: str | None) -> None:

@@ -28,6 +28,7 @@ from gmar_lightning.arguments import (
 from gmar_lightning.chosen import Choice
 from gmar_lightning.explain.gmar import check_form
 from gmar_lightning.explain.importance import Norm
+from gmar_lightning.explain.output import Output
 from gmar_lightning.explain.rollout import Rollout
 from gmar_lightning.monitor.collapse import CollapseDetector
 from gmar_lightning.monitor.record import Source
@@ -41,9 +42,8 @@ from gmar_lightning.watch import Plan, Watch
 class GMARCallback(Callback):
     """Watch a Vision Transformer while it trains: heatmaps, head importance, heads that collapse.
 
-    A fixed, class-balanced batch of validation images is explained before the first optimizer step, at every
-    interval and at the end. Training is not disturbed: with and without the callback, the final weights are
-    bit-identical.
+    A fixed, class-balanced batch of validation images is explained before the first step, at every interval and at
+    the end. Training is not disturbed: with and without the callback, the final weights are bit-identical.
 
     What is logged, on the x-axis of Lightning's own training rows, is the table of `show.keys`; its numbers are in
     `trainer.callback_metrics` too, for other callbacks to monitor.
@@ -81,10 +81,10 @@ class GMARCallback(Callback):
         log_per_head: One scalar per head, hidden from automatic panels.
         max_events: Pictures of at most so many probes are logged; scalars always are.
         save_dir: Local record; `<trainer log dir>/gmar` when None.
+        output: As for `gmar`; None finds out, from metrics, losses and labels too.
         verify: Whether the first probe also copies the weights, to see whether the forward writes them.
-        read: "probe", or "step": no probes; L2 importance and contribution of each head are read off the training
-            steps that are due, of the loss on the training batch, without a forward or a picture of their own. Logged
-            as `gmar_step/...`, as they are not comparable with a probe's.
+        read: "probe", or "step": no probes; L2 importance and contribution of each head are read off due training
+            steps, of the loss on their batch, without a forward or a picture. Logged as `gmar_step/...`.
         inputs: A callable that makes of a validation batch what the forward takes, see `gmar`; for several modules
             also a mapping from path to callable. It sees batches on the CPU, after the batch-transfer hooks.
 
@@ -121,12 +121,13 @@ class GMARCallback(Callback):
         log_rollouts: Sequence[Rollout] = (),
         read: Source = "probe",
         inputs: Callable[[Any], Any] | Mapping[str, Callable[[Any], Any]] | None = None,
+        output: Output | None = None,
     ) -> None:
         super().__init__()
         paths = check_modules(module, read, target=target, inputs=inputs)
         try:
             schedule = given_schedule(every_n_train_steps, every_n_epochs, read)
-            check_form(norm, rollout, residual, micro_batch_size)
+            check_form(norm, rollout, residual, micro_batch_size, output)
             choice: Choice | None = given_choice(probe_images, probe_batch, inputs is not None)
             given = {path: given_probe(probe_batch, of_path(inputs, path)) for path in paths}
             beside = beside_primary(rollout, log_rollouts)
@@ -174,6 +175,7 @@ class GMARCallback(Callback):
                     confirm=confirm,
                     faithfulness_every=faithfulness_every,
                     drawn=num_heatmaps,
+                    output=output,
                 ),
                 copy.deepcopy(schedule),
                 given[path],

@@ -229,7 +229,7 @@ class Watch:
         if record.failure is None:
             numbers = as_metrics(record).items()
             trainer.callback_metrics.update({keys.under(self.path, name): value for name, value in numbers})
-        self.recording.add(record)
+        self.recording.add(record, trainer.print)
         react = functools.partial(self._reaction.to, trainer, pl_module, record.events, self.recording.alert)
         self._tolerance.run("on_collapse", react, record.step)
 

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmar_lightning.explain.errors import UnsupportedModelError
-from gmar_lightning.explain.explained import score_of
+from gmar_lightning.explain.explained import number_of
 from gmar_lightning.explain.inputs import Goal, checked_targets, forward, image_key, logits_of, model_inputs
 from gmar_lightning.explain.intercept import CallArguments, intercept_attention
 from gmar_lightning.explain.isolation import undisturbed
+from gmar_lightning.explain.output import Output, classes_of, kind_of, probabilities
 
 Baseline = Literal["black", "mean", "blur", "attention"]
 PIXEL_BASELINES = ("black", "mean", "blur")
@@ -52,6 +53,7 @@ def perturbing(
     baseline: Baseline,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    output: Output | None = None,
 ) -> Iterator[Perturbation]:
     """Run `model` on images with parts removed; inside the block nothing of it changes.
 
@@ -64,13 +66,14 @@ def perturbing(
         baseline: What takes the place of a removed cell.
         mean: Channel means that the images were normalised with; only "black" needs them.
         std: Channel standard deviations, likewise.
+        output: As for `gmar`; softmax where nothing is known.
 
     Raises:
         ValueError: For arguments that do not fit.
     """
     check_baseline(baseline, mean, std)
     with undisturbed(model), torch.no_grad():
-        probe = Perturbation(model, images, heatmaps, targets, baseline, mean, std)
+        probe = Perturbation(model, images, heatmaps, targets, baseline, mean, std, output)
         if baseline == "attention":
             probe.check_hidden()
         yield probe
@@ -92,8 +95,10 @@ class Perturbation:
         baseline: Baseline,
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
+        output: Output | None = None,
     ) -> None:
         self._model, self._baseline = model, baseline
+        self._output: Output | None = output
         self._inputs = model_inputs(model, images)
         key = image_key(self._inputs)
         if key is None or not self._inputs[key].is_floating_point():
@@ -123,7 +128,7 @@ class Perturbation:
     @cached_property
     def intact(self) -> Tensor:
         """Probability on the untouched images, `(batch,)`."""
-        return self._probability(self._output(self.images))
+        return self._probability(self._run(self.images))
 
     @cached_property
     def empty(self) -> Tensor:
@@ -136,10 +141,8 @@ class Perturbation:
         Raises:
             UnsupportedModelError: When the logits still depend on the image with every patch hidden.
         """
-        output = self._output_masked(self.images, self._nothing)
-        seen = [
-            self._compared(each) for each in (output, self._output_masked(1 - self.images, self._nothing))
-        ]
+        output = self._run_masked(self.images, self._nothing)
+        seen = [self._compared(each) for each in (output, self._run_masked(1 - self.images, self._nothing))]
         # Far above the rounding of kernels with and without a mask, far below what reading pixels does.
         if (seen[0] - seen[1]).abs().max() > 1e-3 * seen[0].abs().max():
             raise UnsupportedModelError(
@@ -157,7 +160,7 @@ class Perturbation:
         """
         keep = keep.to(self.images.device)
         if self._baseline == "attention":
-            return self._probability(self._output_masked(self.images, keep))
+            return self._probability(self._run_masked(self.images, keep))
         share = keep.unflatten(1, self.grid)[:, None].float()
         return self.blending(F.interpolate(share, self.images.shape[-2:], mode="nearest")[:, 0])
 
@@ -168,7 +171,7 @@ class Perturbation:
             share: `(batch, height, width)`, share of the image in [0, 1].
         """
         share = share[:, None].to(self.images)
-        return self._probability(self._output(torch.lerp(self._removed, self.images, share)))
+        return self._probability(self._run(torch.lerp(self._removed, self.images, share)))
 
     @cached_property
     def _removed(self) -> Tensor:
@@ -182,23 +185,27 @@ class Perturbation:
             black = -torch.tensor(self._mean)[:, None, None] / torch.tensor(self._std)[:, None, None]
         return black.to(images).expand_as(images)
 
-    def _output(self, images: Tensor) -> Any:
+    def _run(self, images: Tensor) -> Any:
         return forward(self._model, {**self._inputs, self._key: images})
 
     def _probability(self, output: Any) -> Tensor:
         if not isinstance(self.targets, Tensor):
-            return score_of(self.targets, output, len(self.images)).float()
+            return number_of(self.targets, output, len(self.images)).float()
         logits = logits_of(output)
-        if not 0 <= int(self.targets.min()) <= int(self.targets.max()) < logits.shape[1]:
-            raise ValueError(f"targets must name one of the model's {logits.shape[1]} classes")
-        return logits.float().softmax(-1).gather(1, self.targets[:, None])[:, 0]
+        if not 0 <= int(self.targets.min()) <= int(self.targets.max()) < classes_of(logits):
+            raise ValueError(f"targets must name one of the model's {classes_of(logits)} classes")
+        # Settled by the first answer: what a model returns is the same for every image.
+        self._output = kind_of(logits, self._output) or "logits"
+        chances = probabilities(logits.float(), self._output)
+        assert chances is not None
+        return chances.gather(1, self.targets[:, None])[:, 0]
 
     def _compared(self, output: Any) -> Tensor:
         return logits_of(output) if isinstance(self.targets, Tensor) else self._probability(output)
 
-    def _output_masked(self, images: Tensor, keep: Tensor) -> Any:
+    def _run_masked(self, images: Tensor, keep: Tensor) -> Any:
         with intercept_attention(self._model, lambda call: _without_keys(call, keep)):
-            return self._output(images)
+            return self._run(images)
 
 
 def _without_keys(call: CallArguments, keep: Tensor) -> Tensor:
