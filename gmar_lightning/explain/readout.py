@@ -93,8 +93,8 @@ def _weighs_tokens(found: Recording, product: Tensor, operands: tuple[Tensor, ..
         first = seen[torch.arange(len(seen), device=seen.device), real.int().argmax(-1)][:, None]
         constant.append(not ((seen - first).abs().amax(-1) * real).gt(1e-6 * first.abs().max()).any())
         flat.append(bool((seen == seen[..., :1]).all()))
-    # The same for all tokens that are left: a mask, or weights per channel. Unless it is the tokens that are all alike
-    # (collapsed), and the other factor, one number per token, weighs them.
+    # The same for all tokens that are left: a mask, or weights per channel. Unless it is the tokens that are all
+    # alike (collapsed), and the other factor, one number per token, weighs them.
     if all(constant) or any(constant[i] and not flat[1 - i] for i in (0, 1)):
         return False
     size = result.float().square().mean(-1)
@@ -178,8 +178,8 @@ def last_tokens(found: Recording, score: Tensor, image: Tensor | None) -> Tensor
             return tokens
     raise UnsupportedModelError(
         f"the logits read more than the tokens that {last.name} ({last.owner}) and its block return: several "
-        "layers, a second backbone or branch, or several passes over the image. Name a single transformer "
-        "classifier inside the model with module=."
+        "layers, a second backbone or branch, or several passes over the image. Name with module= a single "
+        "transformer together with its head, or say with a callable target what one branch returns."
     )
 
 
