@@ -40,16 +40,14 @@ from gmar_lightning.monitor.settings import ProbeSettings, Target
 from gmar_lightning.recording import Reaction, Recording, Showing, Tolerance, described
 from gmar_lightning.show.dashboard import as_metrics
 from gmar_lightning.trainer import (
-    callable_model,
     default_folder,
     draw_images,
     ends_here,
     is_smoke_test,
     log_position,
     logged_metrics,
-    not_state,
+    model_and_state,
     silenced,
-    state_of_run,
     state_of_same_run,
 )
 
@@ -141,11 +139,11 @@ class GMARCallback(Callback):
             check_choice("on_collapse", on_collapse, ("warn", "alert", "stop"), "or a callable")
         check_target(target, self._given)
         self.num_images, self.module, self.target = num_images, module, target
-        self.norm: Norm = norm
-        self.rollout: Rollout = rollout
+        self.norm, self.rollout = norm, rollout
         self.on_collapse: Literal["warn", "alert", "stop"] | Callable[..., None] = on_collapse
         self.on_error: Literal["warn", "raise"] = on_error
-        self.save_dir, self.verify, self._restored = save_dir, verify, None
+        self.save_dir, self.verify = None if save_dir is None else str(save_dir), verify
+        self._restored = None
         mean, std = check_display("mean", mean), check_display("std", std)
         self._showing = Showing(num_heatmaps, mean, std, class_names, log_per_head, max_events)
         self._fresh_detector = CollapseDetector() if detector == "default" else detector
@@ -169,7 +167,7 @@ class GMARCallback(Callback):
         fresh = copy.deepcopy(self._fresh_detector)
         self._prober = Prober(self._settings, detector=fresh, on_error=self.on_error, say=self._say)
         self._tolerance = Tolerance(self.on_error, self._say)
-        self._reaction = Reaction(self.on_collapse)
+        self._reaction = Reaction(self.on_collapse, self._tolerance)
         self._recording = Recording(self._tolerance)
         self._last_probe: tuple[int, int] | None = None  # (optimizer steps, logger's x)
         self._probe_seconds, self._fit_started, self._trainer = 0.0, time.monotonic(), 0
@@ -193,7 +191,7 @@ class GMARCallback(Callback):
             target=str(self.target) if callable(self.target) else self.target,
             norm=self.norm,
             rollout=self.rollout,
-            save_dir=None if self.save_dir is None else str(self.save_dir),
+            save_dir=self.save_dir,
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -261,8 +259,10 @@ class GMARCallback(Callback):
             "schedule": self._schedule.state_dict(),
             "last_probe": list(self._last_probe or ()),
             "session": self._prober.state_dict(),
+            "selftest": self._selftest.state_dict(),
             "fingerprint": self._fingerprint,
-            "folder": self._folder,
+            "folder": self._recording.folder or self._folder,
+            "save_dir": self.save_dir,
             "probe_images": self._indices,
             "probe_seconds": self._probe_seconds,
         }
@@ -283,9 +283,10 @@ class GMARCallback(Callback):
         self._schedule.load_state_dict(state["schedule"])
         self._last_probe = (state["last_probe"][0], state["last_probe"][1])
         self._prober.load_state_dict(state["session"])
-        self._fingerprint, self._folder = state["fingerprint"], state["folder"]
-        self._indices = state.get("probe_images")  # missing in older checkpoints
-        self._probe_seconds = state["probe_seconds"]
+        self._fingerprint = state["fingerprint"]
+        self._folder = state["folder"] if state.get("save_dir") == self.save_dir else None
+        self._indices, self._probe_seconds = state.get("probe_images"), state["probe_seconds"]
+        self._selftest.load_state_dict(state.get("selftest", self._selftest.state_dict()))
 
     def _open_record(
         self, trainer: Trainer, pl_module: LightningModule, probe: ProbeBatch, resumed: bool
@@ -297,16 +298,15 @@ class GMARCallback(Callback):
                 "segment"
             )
         self._fingerprint = probe.fingerprint
-        self._folder = str(self.save_dir or self._folder or default_folder(trainer, self))
+        self._folder = str(self._folder or self.save_dir or default_folder(trainer, self))
         if self._prober.probe is not None and not changed:
             return
-        on_disk = self.save_dir is not None or not is_smoke_test(trainer)
         self._recording = Recording.open(
             trainer,
             pl_module,
             probe,
             self._showing,
-            folder=Path(self._folder) if on_disk else None,
+            folder=Path(self._folder) if self.save_dir is not None or not is_smoke_test(trainer) else None,
             settings=described(self._settings, self._schedule, self.num_images),
             schedule=self._schedule,
             resumed=resumed or changed,
@@ -332,17 +332,14 @@ class GMARCallback(Callback):
         last = ended or ends_here(trainer)
         moment = Moment(step, now[0], trainer.current_epoch, logged_metrics(trainer), last)
         with silenced(trainer, pl_module):
-            record = self._selftest.take(
-                lambda model: self._prober.take(model, moment, first),
-                callable_model(trainer, pl_module),
-                state_of_run(trainer, pl_module),
-                not_state(trainer),
-            )
+            take = functools.partial(self._prober.take, moment=moment, first=first)
+            record = self._selftest.take(take, *model_and_state(trainer, pl_module))
+        if record is None:
+            return
         if record.failure is None:
             trainer.callback_metrics.update(as_metrics(record))
         self._recording.add(record)
-        react = functools.partial(self._reaction.to, trainer, pl_module, record.events, self._recording.alert)
-        self._tolerance.run("on_collapse", react, record.step)
+        self._reaction.to(trainer, pl_module, record, self._recording.alert)
         self._probe_seconds += time.monotonic() - started
 
     def _close(self, trainer: Trainer) -> None:

@@ -14,9 +14,11 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from gmar_lightning.monitor.drift import DriftTracker
 from gmar_lightning.monitor.events import HeadEvent
 from gmar_lightning.monitor.history import History
+from gmar_lightning.monitor.lock import FolderLock
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.processes import of_first_process
 from gmar_lightning.monitor.record import ProbeRecord
+from gmar_lightning.monitor.runfile import OtherModelError, run_of_other_model
 from gmar_lightning.monitor.say import SayOnce
 from gmar_lightning.monitor.schedule import Every
 from gmar_lightning.monitor.settings import ProbeSettings
@@ -38,7 +40,7 @@ class Tolerance:
     """
 
     def __init__(self, on_error: Literal["warn", "raise"], say: SayOnce) -> None:
-        self._raises, self._say = on_error == "raise", say
+        self._raises, self.say = on_error == "raise", say
 
     def run(self, what: str, action: Callable[[], object], step: int) -> None:
         """Do it; `what` names it, where it fails.
@@ -52,7 +54,7 @@ class Tolerance:
         except Exception as error:
             if self._raises and not isinstance(error, OSError):
                 raise
-            self._say(
+            self.say(
                 f"GMARCallback: {what} failed at step {step}, training goes on ({type(error).__name__}: {error})",
                 what,
             )
@@ -86,13 +88,23 @@ class Recording:
         tolerance: What happens where storing or showing fails.
         history: The record, on the first process.
         publisher: What shows it, likewise.
+        lock: Keeps other runs out of the record's folder.
     """
 
     def __init__(
-        self, tolerance: Tolerance, history: History | None = None, publisher: Publisher | None = None
+        self,
+        tolerance: Tolerance,
+        history: History | None = None,
+        publisher: Publisher | None = None,
+        lock: FolderLock | None = None,
     ) -> None:
-        self._tolerance, self._closed = tolerance, False
+        self._tolerance, self._closed, self._lock = tolerance, False, lock
         self.history, self.publisher = history, publisher
+
+    @property
+    def folder(self) -> str | None:
+        """Where the record is written; None where there is none."""
+        return str(self.history.dir) if self.history is not None and self.history.on_disk else None
 
     @classmethod
     def open(
@@ -138,11 +150,7 @@ class Recording:
             "fingerprint": probe.fingerprint,
             "settings": dict(settings),
         }
-        try:
-            history = History.open(folder, run, trainer.global_step if resumed else None)
-        except (OSError, ValueError) as error:
-            say(f"GMARCallback: no record can be written to {folder} ({error}); the run goes on without it")
-            history = History.open(None, run)
+        history, lock = _opened(folder, run, trainer.global_step if resumed else None, say)
         images = probe.images[: showing.num_heatmaps]
         pictures = photographs(trainer, pl_module, images, showing.mean, showing.std, say, probe.masks)
         tolerance.run("the record", lambda: history.save_inputs(pictures), trainer.global_step)
@@ -155,7 +163,7 @@ class Recording:
             per_head=showing.per_head,
             media_every=max(1, math.ceil((planned or 0) / showing.max_events)),
         )
-        return cls(tolerance, history, Publisher(history, trainer.loggers, display, say))
+        return cls(tolerance, history, Publisher(history, trainer.loggers, display, say), lock)
 
     def seam(self, form: str) -> tuple[int, DriftTracker]:
         """Where the probes to come begin: their segment, and the maps that earlier ones of it had.
@@ -169,11 +177,13 @@ class Recording:
     def add(self, record: ProbeRecord) -> None:
         """Store a probe and show it."""
         self._closed = False  # a second `fit` of the same trainer goes on with the record
-        history, publisher = self.history, self.publisher
-        if history is not None:
-            self._tolerance.run("the record", lambda: history.append(record), record.step)
-        if publisher is not None:
-            self._tolerance.run("the display", lambda: publisher.show(record), record.step)
+        publisher = self.publisher
+        if self.history is not None and publisher is not None:
+            self._tolerance.run("the record", lambda: self._store(record), record.step)
+            # Another one, perhaps, than before.
+            self._tolerance.run(
+                "the display", lambda: self.publisher and self.publisher.show(record), record.step
+            )
 
     def alert(self, title: str, text: str) -> None:
         """Send one alert to every logger that knows alerts."""
@@ -189,15 +199,61 @@ class Recording:
             seconds: Time spent in probes, and in the whole fit.
         """
         publisher = self.publisher
-        if self._closed or publisher is None or not publisher.history.records:
-            return
-        self._closed = True
 
         def sum_up() -> None:
-            lines = publisher.close(metrics=logged_metrics(trainer), counts=counts, seconds=seconds)
-            trainer.print("\n".join(lines))
+            if publisher is not None and publisher.history.records and not self._closed:
+                self._closed = True
+                lines = publisher.close(metrics=logged_metrics(trainer), counts=counts, seconds=seconds)
+                trainer.print("\n".join(lines))
 
-        self._tolerance.run("the summary", sum_up, trainer.global_step)
+        try:
+            self._tolerance.run("the summary", sum_up, trainer.global_step)
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def _store(self, record: ProbeRecord) -> None:
+        history, publisher = self.history, self.publisher
+        assert history is not None
+        assert publisher is not None
+        try:
+            history.append(record)
+        except OtherModelError as error:
+            self._tolerance.say(
+                f"GMARCallback: the model is not the one of the record ({error}); a new record begins, the one "
+                "before is kept beside it (previous_01, ...)"
+            )
+            folder, run = (
+                history.dir if history.on_disk else None,
+                run_of_other_model(history.run, history.segment),
+            )
+            self.history = history = History.open(folder, run)
+            self.publisher = publisher.on(history)
+            history.append(record)
+        if publisher.display.images and not history.input_paths(history.segment):
+            history.save_inputs(publisher.display.images)
+
+
+def _opened(
+    folder: Path | None, run: Mapping[str, Any], resume_at: int | None, say: SayOnce
+) -> tuple[History, FolderLock | None]:
+    """The record in a folder that no other run writes to; in memory where there is none."""
+    if folder is None:
+        return History.open(None, run), None
+    try:
+        lock = FolderLock(folder)
+        if lock.folder != folder:
+            say(f"GMARCallback: another run writes to {folder}; the record of this one goes to {lock.folder}")
+        try:
+            return History.open(lock.folder, run, resume_at), lock
+        except ValueError as error:
+            say(
+                f"GMARCallback: {error}; what is there is kept in previous_01 (02, ...), and a new record begins"
+            )
+            return History.create(lock.folder, run), lock
+    except OSError as error:
+        say(f"GMARCallback: no record can be written to {folder} ({error}); the run goes on without it")
+        return History.open(None, run), None
 
 
 class Reaction:
@@ -206,30 +262,41 @@ class Reaction:
     Args:
         on_collapse: "warn", "alert" (the loggers' alert too), "stop" (graceful), or a callable
             `(trainer, pl_module, events)`.
+        tolerance: What happens where that callable fails.
     """
 
-    def __init__(self, on_collapse: Literal["warn", "alert", "stop"] | Callable[..., None]) -> None:
-        self._on_collapse = on_collapse
+    def __init__(
+        self, on_collapse: Literal["warn", "alert", "stop"] | Callable[..., None], tolerance: Tolerance
+    ) -> None:
+        self._on_collapse, self._tolerance = on_collapse, tolerance
         self._nonfinite = False
 
     def to(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        events: Sequence[HeadEvent],
+        record: ProbeRecord,
         alert: Callable[[str, str], None],
     ) -> None:
-        """React to one probe's events.
+        """React to one probe's events; a failure is no failure of the run.
 
         Args:
             trainer: Stopped, with "stop".
             pl_module: Handed to a callable.
-            events: What the detector reported.
+            record: The probe, with what the detector reported.
             alert: Sends title and text to the loggers.
-
-        Raises:
-            Exception: What the user's callable raises.
         """
+        self._tolerance.run(
+            "on_collapse", lambda: self._react(trainer, pl_module, record.events, alert), record.step
+        )
+
+    def _react(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        events: Sequence[HeadEvent],
+        alert: Callable[[str, str], None],
+    ) -> None:
         nonfinite = any(event.kind == "nonfinite" for event in events)
         # Importance that stays broken is one alarm, not one for each probe.
         repeated, self._nonfinite = nonfinite and self._nonfinite, nonfinite

@@ -292,6 +292,13 @@ def silenced(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         vars(pl_module).update(own)
 
 
+def model_and_state(
+    trainer: Trainer, pl_module: LightningModule
+) -> tuple[nn.Module, dict[str, Any], tuple[Any, ...]]:
+    """What a probe runs, where the state lies that it must not change, and what belongs to Lightning there."""
+    return callable_model(trainer, pl_module), state_of_run(trainer, pl_module), not_state(trainer)
+
+
 def state_of_run(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """Where the state lies that a probe must not change, by name."""
     optimizers = {f"optimizer[{index}]": each for index, each in enumerate(trainer.optimizers)}

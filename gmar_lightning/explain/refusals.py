@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from gmar_lightning.explain.attention import AttentionCall, Recording
-from gmar_lightning.explain.errors import NoPictureError, UnsupportedModelError
+from gmar_lightning.explain.errors import CutOffError, NoPictureError, UnsupportedModelError
 
 
 def check_visible(found: Recording) -> None:
@@ -24,7 +24,7 @@ def check_visible(found: Recording) -> None:
             "without it), so its heads cannot be scored."
         )
     if not found.calls and found.aside:
-        raise UnsupportedModelError(under_no_grad(found.aside))
+        raise CutOffError(under_no_grad(found.aside))
     if not found.calls:
         seen = f" {_listed(trace.silent)} ran without calling it." if trace.silent else ""
         raise UnsupportedModelError(
@@ -72,7 +72,7 @@ def check_reached(calls: Sequence[AttentionCall], grads: Sequence[Tensor | None]
     """
     missed = [f"{call.name} ({call.owner})" for call, grad in zip(calls, grads, strict=True) if grad is None]
     if missed:
-        raise UnsupportedModelError(
+        raise CutOffError(
             f"{_listed(missed)} runs, but the logits do not depend on it: the classifier reads an earlier layer, "
             "or the result is detached. Explain the part up to the layer that is read, with module=."
         )
@@ -113,7 +113,7 @@ def _check_kind(call: AttentionCall) -> None:
             "over the image, or branches of different length. Name a single classifier with module=."
         )
     if not call.output.requires_grad:
-        raise UnsupportedModelError(under_no_grad([call]))
+        raise CutOffError(under_no_grad([call]))
 
 
 def _check_sequence(calls: list[AttentionCall]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Mapping
@@ -79,6 +80,9 @@ class Prober:
         self._on_error, self._say = on_error, SayOnce() if say is None else say
         self._failed_in_a_row = 0
         self._drift = DriftTracker()
+        # The detector as it was before a state was loaded, until it is known whether that fits the model.
+        self._untaught: CollapseDetector | None = None
+        self._known_shape: tuple[int, ...] = ()
 
     @property
     def spent(self) -> bool:
@@ -142,7 +146,9 @@ class Prober:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         if self.detector is not None and state["detector"] is not None:
+            self._untaught = copy.deepcopy(self.detector)
             self.detector.load_state_dict(state["detector"])
+            self._known_shape = tuple(state["detector"]["shape"])
         self.taken, self.failed = state["taken"], state["failed"]
 
     def _completed(self, model: nn.Module, record: ProbeRecord, last: bool) -> ProbeRecord:
@@ -190,6 +196,10 @@ class Prober:
     ) -> list[HeadEvent]:
         if self.detector is None:
             return []
+        if self._untaught is not None and self._known_shape != signals["importance"].shape:
+            # What was known of other heads says nothing of these.
+            self.detector = self._untaught
+        self._untaught = None
         step, others = record.step, {name: table for name, table in signals.items() if name != "importance"}
         context = _context(explanation, record.metrics)
         events = self.detector.update(step, signals["importance"], explanation.layers, others, context)

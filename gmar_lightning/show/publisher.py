@@ -69,6 +69,10 @@ class Publisher:
         self._opened = False
         self._shown = self._at = 0
 
+    def on(self, history: History) -> Publisher:
+        """The same for another record."""
+        return Publisher(history, self.loggers, self.display, self._say)
+
     def show(self, record: ProbeRecord) -> None:
         """Show a probe that the history already has.
 

@@ -139,7 +139,7 @@ def _complete_lines(path: Path, offset: int, heads: Sequence[int]) -> tuple[list
     for line in complete.splitlines():
         try:
             records.append(ProbeRecord.from_json(json.loads(line), heads))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             print(f"{path}: a damaged line is left out", file=sys.stderr)
     return records, offset + len(complete)
 
