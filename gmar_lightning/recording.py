@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from gmar_lightning.monitor.drift import DriftTracker
-from gmar_lightning.monitor.events import HeadEvent
 from gmar_lightning.monitor.history import History
 from gmar_lightning.monitor.lock import FolderLock
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.processes import of_first_process
-from gmar_lightning.monitor.record import ProbeRecord
+from gmar_lightning.monitor.record import ProbeRecord, Source
 from gmar_lightning.monitor.runfile import OtherModelError, run_of_other_model
 from gmar_lightning.monitor.say import SayOnce
 from gmar_lightning.monitor.schedule import Every
 from gmar_lightning.monitor.settings import ProbeSettings
-from gmar_lightning.show.console import alarm_text
 from gmar_lightning.show.publisher import Display, Publisher
 from gmar_lightning.trainer import class_names_of, logged_metrics, photographs, planned_probes
 from gmar_lightning.version import __version__
-
-# What is worth waking up for.
-_ALARMS = ("collapsed", "layer_vanishing", "nonfinite")
 
 
 class Tolerance:
@@ -71,6 +65,7 @@ class Showing:
         class_names: For captions, or None.
         per_head: Whether every head gets a number.
         max_events: Pictures of at most so many probes.
+        rollouts: Forms of the map that loggers get beside the primary one.
     """
 
     num_heatmaps: int
@@ -79,6 +74,7 @@ class Showing:
     class_names: Sequence[str] | None
     per_head: bool
     max_events: int
+    rollouts: Sequence[str] = ()
 
 
 class Recording:
@@ -89,6 +85,7 @@ class Recording:
         history: The record, on the first process.
         publisher: What shows it, likewise.
         lock: Keeps other runs out of the record's folder.
+        opened: Whether a run has begun; not before `open`.
     """
 
     def __init__(
@@ -97,8 +94,9 @@ class Recording:
         history: History | None = None,
         publisher: Publisher | None = None,
         lock: FolderLock | None = None,
+        opened: bool = False,
     ) -> None:
-        self._tolerance, self._closed, self._lock = tolerance, False, lock
+        self._tolerance, self._closed, self._open, self._lock = tolerance, False, opened, lock
         self.history, self.publisher = history, publisher
 
     @property
@@ -111,7 +109,7 @@ class Recording:
         cls,
         trainer: Trainer,
         pl_module: LightningModule,
-        probe: ProbeBatch,
+        probe: ProbeBatch | None,
         showing: Showing,
         *,
         folder: Path | None,
@@ -126,7 +124,7 @@ class Recording:
         Args:
             trainer: Its loggers are published to.
             pl_module: Asked for class names, mean and standard deviation where there are none.
-            probe: The probe images.
+            probe: The probe images; None where steps are read.
             showing: How the run is shown.
             folder: Where; None keeps the record in memory.
             settings: What the record says of the callback's settings.
@@ -136,34 +134,45 @@ class Recording:
             tolerance: What happens where storing or showing fails.
         """
         if not trainer.is_global_zero:
-            return cls(tolerance)
+            return cls(tolerance, opened=True)
         if not trainer.loggers and folder is not None:
             rank_zero_info(f"GMARCallback: no logger; the record goes to {folder}")
         names = showing.class_names or class_names_of(trainer, pl_module)
         run = {
             "version": __version__,
-            "num_images": len(probe),
-            "num_heatmaps": min(showing.num_heatmaps, len(probe)),
-            "labels": None if probe.labels is None else probe.labels.tolist(),
             "class_names": None if names is None else list(names),
-            "image_names": None if probe.names is None else list(probe.names),
-            "fingerprint": probe.fingerprint,
             "settings": dict(settings),
+            **(_OF_STEPS if probe is None else _of_images(probe, showing.num_heatmaps)),
         }
         history, lock = _opened(folder, run, trainer.global_step if resumed else None, say)
-        images = probe.images[: showing.num_heatmaps]
-        pictures = photographs(trainer, pl_module, images, showing.mean, showing.std, say, probe.masks)
-        tolerance.run("the record", lambda: history.save_inputs(pictures), trainer.global_step)
-        planned = planned_probes(trainer, schedule.unit, schedule.interval)
+        pictures: list[Any] = []
+        if probe is not None:
+            images = probe.images[: showing.num_heatmaps]
+            pictures = photographs(trainer, pl_module, images, showing.mean, showing.std, say, probe.masks)
+            tolerance.run("the record", lambda: history.save_inputs(pictures), trainer.global_step)
         display = Display(
             images=pictures,
             labels=history.segment_run(history.segment).get("labels"),
             names=history.run.get("class_names"),
-            image_names=probe.names,
+            image_names=None if probe is None else probe.names,
             per_head=showing.per_head,
-            media_every=max(1, math.ceil((planned or 0) / showing.max_events)),
+            most_media=showing.max_events,
+            rollouts=showing.rollouts,
         )
-        return cls(tolerance, history, Publisher(history, trainer.loggers, display, say), lock)
+        publisher = Publisher(history, trainer.loggers, display, say)
+        recording = cls(tolerance, history, publisher, lock, opened=True)
+        recording.plan(trainer, schedule)
+        return recording
+
+    def plan(self, trainer: Trainer, schedule: Every) -> None:
+        """Spread the pictures over the probes that are to come, as far as their number can be known."""
+        if self.publisher is not None:
+            self.publisher.plan(planned_probes(trainer, schedule.unit, schedule.interval))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a run has begun to be recorded here; the same on every process."""
+        return self._open
 
     def seam(self, form: str) -> tuple[int, DriftTracker]:
         """Where the probes to come begin: their segment, and the maps that earlier ones of it had.
@@ -256,68 +265,39 @@ def _opened(
         return History.open(None, run), None
 
 
-class Reaction:
-    """Acts on what the detector reports, on every process.
-
-    Args:
-        on_collapse: "warn", "alert" (the loggers' alert too), "stop" (graceful), or a callable
-            `(trainer, pl_module, events)`.
-        tolerance: What happens where that callable fails.
-    """
-
-    def __init__(
-        self, on_collapse: Literal["warn", "alert", "stop"] | Callable[..., None], tolerance: Tolerance
-    ) -> None:
-        self._on_collapse, self._tolerance = on_collapse, tolerance
-        self._nonfinite = False
-
-    def to(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        record: ProbeRecord,
-        alert: Callable[[str, str], None],
-    ) -> None:
-        """React to one probe's events; a failure is no failure of the run.
-
-        Args:
-            trainer: Stopped, with "stop".
-            pl_module: Handed to a callable.
-            record: The probe, with what the detector reported.
-            alert: Sends title and text to the loggers.
-        """
-        self._tolerance.run(
-            "on_collapse", lambda: self._react(trainer, pl_module, record.events, alert), record.step
-        )
-
-    def _react(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        events: Sequence[HeadEvent],
-        alert: Callable[[str, str], None],
-    ) -> None:
-        nonfinite = any(event.kind == "nonfinite" for event in events)
-        # Importance that stays broken is one alarm, not one for each probe.
-        repeated, self._nonfinite = nonfinite and self._nonfinite, nonfinite
-        alarms = [event for event in events if event.kind in _ALARMS and not repeated]
-        if not alarms:
-            return
-        if callable(self._on_collapse):
-            self._on_collapse(trainer, pl_module, alarms)
-            return
-        text = alarm_text(alarms)
-        rank_zero_warn(f"GMARCallback: {text}")
-        if self._on_collapse in ("alert", "stop"):
-            alert("GMAR: attention heads", text)
-        if self._on_collapse == "stop":
-            trainer.should_stop = True
+# What `run.json` says of the images where there are none: the batches of training, each another one.
+_OF_STEPS: Mapping[str, Any] = {
+    "source": "step",
+    "num_images": 0,
+    "num_heatmaps": 0,
+    "labels": None,
+    "image_names": None,
+    "fingerprint": "training batches",
+}
 
 
-def described(settings: ProbeSettings, schedule: Every, num_images: int) -> dict[str, Any]:
-    """The callback's settings as the record and the loggers' configuration say them."""
+def _of_images(probe: ProbeBatch, drawn: int) -> dict[str, Any]:
     return {
-        "every": f"{schedule.interval} {schedule.unit}s",
+        "source": "probe",
+        "num_images": len(probe),
+        "num_heatmaps": min(drawn, len(probe)),
+        "labels": None if probe.labels is None else probe.labels.tolist(),
+        "image_names": None if probe.names is None else list(probe.names),
+        "fingerprint": probe.fingerprint,
+    }
+
+
+def described(settings: ProbeSettings, schedule: Every, num_images: int, source: Source) -> dict[str, Any]:
+    """The callback's settings as the record and the loggers' configuration say them."""
+    if source == "step":
+        return {
+            "read": "training steps",
+            "every": schedule.described,
+            "module": settings.module,
+            "norm": "l2",
+        }
+    return {
+        "every": schedule.described,
         "num_images": num_images,
         "num_heatmaps": settings.drawn,
         "module": settings.module,

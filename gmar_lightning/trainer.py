@@ -28,9 +28,8 @@ def draw_images(
     trainer: Trainer,
     pl_module: LightningModule,
     given: ProbeBatch | None,
-    *,
     num_images: int,
-    target: str | int,
+    needs_labels: bool,
     say: SayOnce,
 ) -> ProbeBatch:
     """The probe images: the user's own, or drawn from the validation set.
@@ -49,7 +48,7 @@ def draw_images(
         )
     if given is None and len(probe) < num_images:
         say(f"GMARCallback: num_images={num_images}, but the validation set has {len(probe)}; using all")
-    if target == "label" and probe.labels is None:
+    if needs_labels and probe.labels is None:
         raise ConfigurationError(
             'target="label" needs labels, and the validation batches have none; use target="predicted" or '
             "pass probe_batch=(images, labels)"
@@ -174,10 +173,14 @@ def state_of_same_run(
     return ours[0] if unmatched and len(ours) == 1 else None
 
 
-def _alike(trainer: Trainer, callback: Callback) -> list[Callback]:
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The trainer's callbacks, in their order."""
     # Lightning sets this attribute in its callback connector, where type checkers do not see it.
-    callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009
-    return [other for other in callbacks if type(other) is type(callback)]
+    return getattr(trainer, "callbacks")  # noqa: B009
+
+
+def _alike(trainer: Trainer, callback: Callback) -> list[Callback]:
+    return [other for other in callbacks_of(trainer) if type(other) is type(callback)]
 
 
 def callable_model(trainer: Trainer, pl_module: LightningModule) -> nn.Module:
@@ -290,13 +293,6 @@ def silenced(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         for name in ("log", "log_dict"):
             vars(pl_module).pop(name, None)
         vars(pl_module).update(own)
-
-
-def model_and_state(
-    trainer: Trainer, pl_module: LightningModule
-) -> tuple[nn.Module, dict[str, Any], tuple[Any, ...]]:
-    """What a probe runs, where the state lies that it must not change, and what belongs to Lightning there."""
-    return callable_model(trainer, pl_module), state_of_run(trainer, pl_module), not_state(trainer)
 
 
 def state_of_run(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from gmar_lightning.monitor.attention_rules import RULES
+from gmar_lightning.monitor.attention_kinds import RULES
 from gmar_lightning.monitor.collapse import CollapseDetector
 from tests.helpers.planted_signals import CAUSES, EVENTS, LAYER_CAUSES, healthy_signals, plant
 
@@ -71,6 +71,27 @@ def test_two_probes_are_not_enough_and_recovery_is_said(name):
     ends = {rule.kind: rule.end for rule in RULES}
     kinds = [e.kind for e in feed(signals) if e.kind == EVENTS[name] or e.kind == ends[EVENTS[name]]]
     assert kinds == [EVENTS[name], ends[EVENTS[name]]]
+
+
+def test_alike_tokens_are_named_where_they_begin():
+    """After it they are handed on, before it the model reacts; found again where they begin anew."""
+    heads = np.ones(4)
+    kept = {  # what the layers keep of what tells tokens apart, from one probe on
+        10: (1.0, 0.9, 0.8, 0.05),  # the last layer is the first to pass the limit of its noise ...
+        11: (1.0, 0.9, 1e-3, 1e-4),  # ... of what begins one layer before
+        15: (1.0, 0.15, 1e-3, 1e-4),  # the layer before that one drifts along
+        20: (1.0, 1.0, 1.0, 1e-4),
+    }
+    detector, events = CollapseDetector(), []
+    for probe in range(30):
+        level = next((kept[start] for start in sorted(kept, reverse=True) if start <= probe), (1.0,) * 4)
+        alike = 1 - 0.6 * np.array(level)[:, None] * heads
+        events += detector.update(probe, np.ones((4, 4)), signals={"token_similarity": alike})
+    assert [(e.kind, e.layer, e.step) for e in events] == [
+        ("rank_collapse", 2, 13),
+        ("rank_restored", 2, 22),
+        ("rank_collapse", 3, 22),
+    ]
 
 
 def test_always_degenerate_heads_are_nobodys_business():

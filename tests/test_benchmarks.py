@@ -12,7 +12,7 @@ from PIL import Image
 from gmar_lightning.explain.faithfulness import average_drop, deletion, insertion, saco
 from gmar_lightning.explain.gmar import gmar
 from tests.benchmarks import faithfulness, head_importance
-from tests.benchmarks.scoring import METHODS, method_maps, score, table
+from tests.benchmarks.scoring import METHODS, method_maps, sanity, score, table
 from tests.benchmarks.weightings import flow, gated_rows, layers_of
 
 
@@ -63,6 +63,15 @@ def test_scores_are_those_of_the_pure_functions(model, batch):
             torch.testing.assert_close(
                 found["avg drop"], average_drop(model, images, drawn, targets, baseline="mean")
             )
+
+
+def test_what_cannot_see_class_or_weights_is_called_blind(model, batch):
+    images, targets = batch
+    found = sanity(model, images, targets, method_maps(model, images, targets))
+    blind = {name for name, values in found.items() if (values["class"] > 1 - 1e-6).all()}
+    assert blind == {"random", "centre prior", "last-layer attention", "rollout (flow, uniform)"}
+    unmoved = {name for name, values in found.items() if (values["weights"] > 1 - 1e-6).all()}
+    assert unmoved == {"random", "centre prior"}
 
 
 def test_table_gives_standard_errors_and_paired_differences():

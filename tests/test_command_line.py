@@ -92,7 +92,7 @@ def test_json_says_what_the_record_says(sick, capsys):
     (finding,) = [finding for finding in content["findings"] if finding["kind"] == "collapse"]
     assert finding["alarm"]
     assert "blocks.1.attn head 2" in finding["text"]
-    assert float(finding["figures"][0]) == 1
+    assert finding["figures"] == {"heads": 1, "first_step": sick.events[0]["step"]}
     assert content["events"] == sick.events
     cards = {(card["layer"], card["head"]): card for card in content["heads"]}
     assert len(cards) == 12

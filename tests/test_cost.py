@@ -5,16 +5,34 @@ import timm
 import torch
 
 from gmar_lightning import gmar
+from gmar_lightning.explain import kernel
 from tests.benchmarks.census import census
-from tests.benchmarks.cost import memory, operation_row, operations
+from tests.benchmarks.cost import memory, operation_row, operation_row_by_depth, operations
 from tests.helpers.networks import ViT, pictures, seeded
 
 
 def test_operations_on_vit_base():
-    row = operation_row("vit_base_patch16_224", 224, beside=False)
+    row = operation_row_by_depth("vit_base_patch16_224", 224)
     assert row["l1"] <= 2.10
     assert row["l2"] <= 2.08
     assert min(row.values()) > 2
+    # all forms, all signals and what every head attends to come from the same pass
+    assert row["probe"] <= 1.03 * row["l1"]
+
+
+@pytest.mark.slow
+def test_operations_on_vit_base_where_no_map_is_kept(monkeypatch):
+    """As in a probe of many images: maps are computed again, and for the paper's form once more."""
+    monkeypatch.setattr(kernel, "_KEPT_BYTES", 0)
+    row = operation_row_by_depth("vit_base_patch16_224", 224)
+    assert row["probe"] <= 1.03 * row["l1"]
+
+
+@pytest.mark.slow
+def test_operations_grow_with_depth_by_equal_steps():
+    """What `operation_row_by_depth` concludes from three layers is what twelve cost."""
+    whole = operation_row("vit_base_patch16_224", 224, beside=False)
+    assert whole == pytest.approx(operation_row_by_depth("vit_base_patch16_224", 224), rel=1e-9)
 
 
 def test_cost_does_not_depend_on_the_batch():
@@ -27,7 +45,7 @@ def test_cost_does_not_depend_on_the_batch():
 
 def test_a_model_is_looked_at_once():
     """Five forward passes over two images, on the first call; 2 % of a run of eight probes of 32 images."""
-    model = timm.create_model("vit_base_patch16_224", num_classes=5).eval()
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=5).eval()
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         forward = operations(lambda: model(images[:1]))

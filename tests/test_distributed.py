@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from torch.nn import functional
 
 from gmar_lightning import History
+from gmar_lightning.explain.training_step import StepReader
 from gmar_lightning.monitor.explanation import explain_together
 from gmar_lightning.monitor.probe import draw_probe
 from gmar_lightning.monitor.settings import ProbeSettings
@@ -27,23 +30,33 @@ pytestmark = pytest.mark.distributed
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder and the results of both processes; a deadlock ends in a timeout."""
     folder = tmp_path_factory.mktemp("two")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.many_processes", str(folder)],
-        cwd=Path(__file__).parent.parent,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(find_free_network_port()),
+        "WORLD_SIZE": "2",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.helpers.many_processes", str(folder)],
+            cwd=Path(__file__).parent.parent,
+            env={**environment, "LOCAL_RANK": str(rank)},
+            stdout=(folder / f"output_{rank}.txt").open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in (0, 1)
+    ]
     try:
-        output, _ = process.communicate(timeout=280)
+        codes = [process.wait(timeout=420) for process in processes]
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        output, _ = process.communicate()
-        pytest.fail(f"deadlock:\n{output[-4000:]}")
-    assert process.returncode == 0, output[-4000:]
+        codes = ["deadlock"]
+    finally:
+        for process in processes:
+            process.kill()
+    output = "\n".join((folder / f"output_{rank}.txt").read_text()[-3000:] for rank in (0, 1))
+    assert codes == [0, 0], f"{codes}\n{output}"
     return folder, [json.loads((folder / f"results_{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -58,7 +71,7 @@ def test_the_run_is_the_same_on_both_processes(name: str, ran: Any) -> None:
         assert first["weights and buffers"] == second["weights and buffers"]
 
 
-@pytest.mark.parametrize("name", [name for name in DDP_ROWS if name != "failure on one process"])
+@pytest.mark.parametrize("name", DDP_ROWS.keys() - {"failure on one process", "read off steps"})
 def test_numbers_do_not_depend_on_the_number_of_processes(name: str, ran: Any) -> None:
     place = ran[0] / name.replace(" ", "_")
     record = History.load(place / "gmar").records
@@ -75,6 +88,22 @@ def test_numbers_do_not_depend_on_the_number_of_processes(name: str, ran: Any) -
     assert list(record[-1].predictions) == alone.logits.argmax(-1).tolist()
     maps = History.load(place / "gmar").heatmaps(record[-1].step)
     np.testing.assert_allclose(maps, alone.maps["gradient"], atol=2e-3 * alone.maps["gradient"].max())
+
+
+def test_a_step_is_read_over_all_processes(ran: Any) -> None:
+    place = ran[0] / "read_off_steps"
+    record = History.load(place / "gmar").records
+    assert [line.global_step for line in record] == [1, 2, 4, 6, 8]
+    module = DDP_ROWS["read off steps"][0]()
+    module.load_state_dict(torch.load(place / "first.pt"))
+    data = loaders()[0].dataset
+    rows = [data[index] for results in ran[1] for index in results["read off steps"]["first batch"]]
+    reader = StepReader(module)
+    with reader.watching():
+        images, labels = (torch.stack([row[part] for row in rows]) for part in (0, 1))
+        functional.cross_entropy(module(images), labels).backward()
+    # one batch of all images says the same as two halves on two processes
+    np.testing.assert_allclose(record[0].importance, reader.signals().importance, rtol=6e-4)
 
 
 def test_failure_on_one_process_is_everyones_failure(ran: Any) -> None:

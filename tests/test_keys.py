@@ -33,12 +33,17 @@ def test_everything_that_is_logged_is_in_the_table(tmp_path: Path) -> None:
             self.pictures.append(key)
 
     logger = Everything()
-    callback = watcher(tmp_path, log_per_head=True, faithfulness_every=1)
+    callback = watcher(tmp_path, log_per_head=True, faithfulness_every=1, log_rollouts=["paper", "gradient"])
     trainer, _ = fit(tmp_path, Classifier(), loaders(), callbacks=[callback], logger=logger)
     logged = {name for _, row in logger.rows for name in row if name.startswith("gmar")}
     logged |= set(logger.pictures) | {name for name in trainer.callback_metrics if name.startswith("gmar")}
     assert {template(name) for name in logged} <= set(keys.KEYS)
     numbers = set(keys.of_kind("number", "layer number", "head number"))
+    # the primary form is shown anyway, under its own name
+    assert {name for name in logger.pictures if name.startswith("gmar/heatmaps")} == {
+        "gmar/heatmaps",
+        "gmar/heatmaps_paper",
+    }
     missing = numbers - {template(name) for name in logged}
     assert not missing, "in the table, and never logged"
 

@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from gmar_lightning import GMARCallback, History
+from gmar_lightning.show.render import overlay
 from tests.helpers.wandb_reader import read_run
 
 wandb = pytest.importorskip("wandb")
@@ -95,6 +96,7 @@ def wandb_run(tmp_path_factory):
             class_names=["Bär", "猫", "<b>dog</b>", "d"],
             save_dir=folder / "gmar",
             log_per_head=True,
+            log_rollouts=["paper"],
             on_error="raise",
         )
         fit(folder, logger, callback, steps=60, model=Tiny(kill_at=30))
@@ -155,6 +157,24 @@ def test_pictures_are_files_that_show_something(wandb_run):
         assert np.asarray(Image.open(folder / "files" / row[key]["path"])).std() > 10
     assert len(run.rows("gmar/inputs")) == 1
     assert sum(run.rows("gmar/importance")[-1]["gmar/importance"]["values"]) == 8  # every head once
+
+
+def test_another_form_of_the_map_is_logged_on_request(wandb_run):
+    run, folder, history = wandb_run
+    rows = run.rows("gmar/heatmaps_paper")
+    assert [row["trainer/global_step"] for row in rows] == history.steps.tolist()
+    assert not run.rows("gmar/heatmaps_flow")
+    kinds = [rows[-1][name] for name in ("gmar/heatmaps", "gmar/heatmaps_paper")]
+    assert kinds[0]["captions"] == kinds[1]["captions"]
+    for index, names in enumerate(zip(*(kind["filenames"] for kind in kinds), strict=True)):
+        pair = [np.asarray(Image.open(folder / "files" / name)).astype(float) for name in names]
+        assert np.abs(pair[0] - pair[1]).mean() > 1, index
+        drawn = overlay(history_inputs(history)[index], history.heatmaps(history.steps[-1], "paper")[index])
+        assert np.abs(pair[1] - drawn).mean() < 4  # JPEG, and maps of 8 bits
+
+
+def history_inputs(history):
+    return [np.asarray(Image.open(path).convert("RGB")) for path in history.input_paths(history.segment)]
 
 
 def test_a_newly_flagged_head_has_one_picture_at_the_step_of_its_alert(wandb_run):

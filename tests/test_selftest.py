@@ -80,8 +80,9 @@ class CutOff(Classifier):
     """A linear probe on features that left torch: no switch brings their gradient back."""
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.net.forward_head(self.net.forward_features(images), pre_logits=True)
-        return self.net.head(torch.from_numpy(features.detach().numpy().copy()))
+        net: Any = self.net
+        features = net.forward_head(net.forward_features(images), pre_logits=True)
+        return net.head(torch.from_numpy(features.detach().numpy().copy()))
 
 
 class Seldom(Draws):
@@ -171,7 +172,7 @@ def test_what_is_never_written_costs_no_copy(tmp_path: Path) -> None:
     assert same
     assert not said
     assert records[0].verification["mode"] == "same"
-    assert not trainer.callbacks[0]._selftest._twins
+    assert not trainer.callbacks[0]._taker.selftest._twins
 
 
 @pytest.mark.slow
@@ -192,7 +193,7 @@ def test_a_resumed_run_does_not_try_again_what_left_a_trace(tmp_path: Path) -> N
             trainer, _ = fit(
                 folder, make(), loaders(16), callbacks=[again], max_epochs=2, ckpt_path=str(folder / "a.ckpt")
             )
-        assert again._selftest.mode == mode
+        assert again._taker.selftest.mode == mode
         assert trainer.global_step == 8
         if mode == "refused":
             expected = OneWay(1)

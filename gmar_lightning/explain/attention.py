@@ -91,6 +91,7 @@ class AttentionCall:
     def attention(self, rows: slice = slice(None)) -> Tensor:
         """The softmaxed attention map of some query rows, `(batch, heads, rows, keys)`."""
         if self.weights is not None:
+            # The model's own map, which its graph still needs.
             # A copy: callers work on the map in place.
             return at_least_float32(self.weights[:, :, rows]).clone()
         return softmax_map(self.q, self.k, self.mask, self.scale, self.causal, rows)
@@ -202,6 +203,7 @@ def recording(model: nn.Module, *, open_backward: bool = False, peaks: bool = Fa
         )
         call = _recorded(given, found.trace, index=index, depth=depth, twin=twin, detached=detached)
         output, ticket = computed(given, call, found, found.budget)
+        # A frozen backbone under frozen embeddings has no graph; it begins at the first attention output.
         if torch.is_grad_enabled() and not output.requires_grad:
             output.requires_grad_()
         invocations.append(given.invocation)
@@ -241,6 +243,7 @@ def _opened(
     found.opened.append(ticket)
     # The gradient of a learned bias is not needed; that of a mask computed from tokens is.
     if mask is not None and not any(_feeds(earlier, (mask,)) for earlier in found.calls[:1]):
+        # Autograd would else form the gradient of the whole map for it, `(batch, heads, queries, keys)`.
         mask = mask.detach()
     return open_call(given, mask, ticket, budget, peaks), ticket
 
@@ -291,6 +294,8 @@ def _feeds(call: AttentionCall, tensors: tuple[Tensor, ...]) -> bool:
     """Whether `tensors` were computed from a call's output, read off the autograd graph."""
     if call.edge is None:
         return True
+    # Nodes are numbered in the order they were made: nothing older than the call can have come from it,
+    # which keeps the walk within one block.
     starts = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
     return reaches(starts, {call.edge.node}, oldest=_age(call.edge.node))
 
@@ -325,4 +330,6 @@ def _age(node: Any) -> int:
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:
+    # Differential attention calls the kernel twice on one tensor of values, perhaps through two views of
+    # it.
     return one.shape == other.shape and one.data_ptr() == other.data_ptr() and one.stride() == other.stride()

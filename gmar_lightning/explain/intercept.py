@@ -28,6 +28,7 @@ from gmar_lightning.explain.softmax import HandProduct
 from gmar_lightning.explain.switches import attention_through_sdpa, replaced
 from gmar_lightning.explain.trace import ModuleTrace, in_backward
 
+# The kernel itself, taken once at import: inside a block the name in `F` means the interceptor.
 _FUSED = F.scaled_dot_product_attention
 _SOFTMAX = frozenset({F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax})
 
@@ -81,6 +82,8 @@ class CallArguments:
 
 def _computed(given: CallArguments) -> Tensor:
     output = given.compute()
+    # A frozen model's recomputation must save as many tensors as its first pass did, where the output was
+    # made to require a gradient; checkpointing counts them.
     return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_()
 
 
@@ -144,9 +147,13 @@ def masked_scores(
     q: Tensor, k: Tensor, mask: Tensor | None, scale: float, causal: bool, rows: slice = slice(None)
 ) -> Tensor:
     """What the softmax is taken of: `scale * q k^T`, -inf or the additive mask where masked."""
+    # Scores are formed in float32 from half precision inputs: the softmax of a rounded score is off by per
+    # cents.
     key = at_least_float32(one_per_head(k, q.shape[1]))
     scores = (at_least_float32(q[:, :, rows]) * scale) @ key.mT
     if causal:
+        # As the kernel's `is_causal`: counted from the top left, also when there are more keys than
+        # queries.
         asked = torch.arange(q.shape[-2], device=q.device)[rows]
         scores = scores.masked_fill(asked[:, None] < torch.arange(k.shape[-2], device=q.device), -math.inf)
     if mask is not None:
@@ -229,6 +236,8 @@ class _Interceptor:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         recomputing = in_backward()
+        # Another thread's attention (a data loader's, a second model's) is none of ours; autograd
+        # recomputes checkpointed layers on a thread of its own, so a backward pass is let through.
         if self.inside or (threading.get_ident() != self.thread and not recomputing):
             return _FUSED(*args, **kwargs)
         self.last = self._bound(*args, **kwargs)

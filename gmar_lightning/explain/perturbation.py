@@ -138,6 +138,7 @@ class Perturbation:
         """
         logits = self._logits_masked(self.images, self._nothing)
         others = self._logits_masked(1 - self.images, self._nothing)
+        # Far above the rounding of kernels with and without a mask, far below what reading pixels does.
         if (logits - others).abs().max() > 1e-3 * logits.abs().max():
             raise UnsupportedModelError(
                 "with every patch hidden from attention the logits still depend on the image: the classifier reads "

@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# A probe may hold one copy of what it keeps; a data set in memory is not to be doubled.
 # Storages above this size are compared on a sample and not copied, unless they are weights or buffers of a model.
 LARGE = 256 << 20
 _SAMPLES = 64
+# Values without identity of their own, compared by `repr`: it tells -0.0 from 0.0 and takes NaN for itself.
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -92,6 +94,8 @@ class SavedContainer(Saved):
         """See `Saved`."""
         container, content, base = self._container, self._content, _base_of(self._container)
         if base is list:
+            # In place and in one step: other objects hold this very list, and a subclass may refuse
+            # `clear`.
             list.__setitem__(container, slice(None), content)
             return
         base.clear(container)
@@ -132,6 +136,7 @@ class SavedArray(Saved):
         if self.restorable:
             self._array.flags.writeable = True
             if self._array.shape != self._saved.shape:
+                # Views of it exist for certain (the saved attributes among them); the check would refuse.
                 self._array.resize(self._saved.shape, refcheck=False)
             self._array[...] = self._saved
 
@@ -157,6 +162,7 @@ def generator_state(where: str, value: Any) -> Saved | None:
     if isinstance(value, torch.Generator):
         return SavedPosition(where, value.get_state, value.set_state)
     if isinstance(value, (np.random.RandomState, random.Random)) and type(value) is not random.SystemRandom:
+        # The two name their state differently; SystemRandom has none.
         legacy: Any = value
         if isinstance(value, random.Random):
             return SavedPosition(where, legacy.getstate, legacy.setstate)

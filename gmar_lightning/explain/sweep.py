@@ -36,6 +36,7 @@ class Form:
     residual: float = 1.0
     signals: bool = False
     head_maps: HeadMaps = False
+    runner_up: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +126,7 @@ class Sweep:
         span = span_of(output_grad) if call.depth == self.calls[-1].depth else slice(None)
         grads = visit_blocks(call, output_grad, kept, sums, needs, span)
         numbers = self.layers[index] = sums.results(call, output_grad)
+        # The paper's form runs from the first layer to the last, so it waits until all weights are known.
         if kept is not None and "paper" in self.form.rollouts:
             self._kept[index] = kept
         pulled = dict(numbers.pulled)
@@ -146,6 +148,7 @@ class Sweep:
     def _start_from_pool(self, numbers: LayerNumbers, row: Tensor) -> None:
         # An attention pool reads the tokens through its own head-weighted row: rollouts start there.
         self._start = {form: _weighted(self._weights(form, numbers), row) for form in self.form.rollouts}
+        # Before a pool, a head is asked what it attends to on behalf of what the pool reads.
         self._start["head map"] = _weighted(numbers.weights, row)
         self._rows = BackwardRows(self.form.rollouts, self._start, self.form.residual)
         self._started = True
@@ -205,6 +208,7 @@ class LayerSums:
             _Pulled(rows, heads, call.k.shape[-2], dtype) if rows else None for rows in (plain, gated)
         )
         self.needs_map = bool(plain or gated)
+        # The L2 norm comes from two Gram matrices; then the map's gradient is formed for nobody.
         self.needs_grad = form.norm != "l2" or bool(gated)
 
     def saw_map(self, block: Block, scores: Tensor | None, attention: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch.nn.modules import module as module_hooks
 
 from gmar_lightning.explain.softmax import HandWritten
 
+# What `torch.compile`, activation checkpointing and FSDP put between a module and its name.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 _CONVOLUTIONS = frozenset(
     f"conv{transposed}{dims}d" for transposed in ("", "_transpose") for dims in (1, 2, 3)
@@ -27,6 +28,7 @@ _PRODUCTS = frozenset(
     {"mul", "rmul", "imul", "multiply", "div", "truediv", "itruediv", "true_divide", "divide"}
 )
 _POWERS = frozenset({"pow", "rpow", "ipow", "square", "float_power", "exp", "expm1", "exp2"})
+# Attention in one operation that neither the name nor the function mode can open.
 _OPAQUE = frozenset({"flex_attention", "varlen_attn"})
 
 
@@ -79,6 +81,7 @@ class TokenTrail:
             if self._count == self.wanted:
                 self.kept = tensor.clone()
             if tensor.requires_grad:
+                # By identity: `leaving` keeps the tensor alive, so that its id cannot be given to another.
                 self._places[id(tensor)] = self._count
                 self.leaving.append(tensor)
             self._count += 1
@@ -103,6 +106,8 @@ class TokenTrail:
         if self._sizes is None:
             self.entering = [t for t in self.entering if as_tokens(t, batch, keys) is not None]
         self._sizes = batch, queries
+        # An attention pool gathers all tokens into one; what it read is needed if the logits turn out not
+        # to use it.
         self.before_pool = self.leaving if queries == 1 < keys else []
         self.leaving, self.products, self.kept, self._count = [], [], None, 0
 
@@ -154,6 +159,8 @@ class ModuleTrace:
         self._names = {module: _plain(path) for path, module in model.named_modules()}
         handles = []
         try:
+            # Process-wide hooks, so that no hook dictionary of the user's modules is touched. The
+            # inside of a scripted module calls none of them.
             handles.append(module_hooks.register_module_forward_pre_hook(self._enter))
             handles.append(module_hooks.register_module_forward_hook(self._leave, always_call=True))
             yield
@@ -219,12 +226,15 @@ class ModuleTrace:
             return
         entering = tuple(x for x in args if isinstance(x, Tensor) and x.ndim >= 3 and x.grad_fn is not None)
         self._stack.append(_Frame(module, next(self._count), entering=entering))
+        # The last one wins: the classifier's input, also where the head is several layers deep.
         if isinstance(module, nn.Linear) and args and isinstance(args[0], Tensor) and args[0].ndim == 2:
             self.pooled = args[0]
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._foreign():
             return
+        # A module whose forward raised, or was left by an exception that someone caught, never reports its
+        # end.
         while self._stack and (frame := self._stack.pop()):
             self._note_silence(frame)
             if frame.module is module:
@@ -233,6 +243,7 @@ class ModuleTrace:
             self.tokens.note(output)
 
     def _note_silence(self, frame: _Frame) -> None:
+        # `ViTAttention` around `ViTSelfAttention`: the outer one is heard when the inner one is.
         nested = any(outer.attention_like for outer in self._stack)
         if frame.attention_like and not frame.called and not nested:
             self.silent.append(f"{self._names.get(frame.module, '')} ({type(frame.module).__name__})")
@@ -243,6 +254,7 @@ class ModuleTrace:
 
 def in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread (checkpointed layers recompute there)."""
+    # Private, and without a public equal: the number of the running backward pass, -1 outside of one.
     return torch._C._current_graph_task_id() != -1
 
 
@@ -255,6 +267,8 @@ def _mixes_tokens(name: str, operands: tuple[Any, ...], result: Tensor, tokens: 
         return result.shape[-dims:].numel() > 1
     if name == "linear":
         shape = operands[0].shape
+        # A linear layer over the token axis, as MLP-Mixer has it: the features it mixes are as many as the
+        # tokens.
         return len(shape) >= 3 and shape[-1] == tokens and shape[-2] != tokens
     return name in _FFTS
 

@@ -5,161 +5,20 @@ and zero in that state, such as one minus the mass on the most attended token. A
 `patience` probes running, its margin is next to nothing, *and* a small part of what the head itself once
 held, *and* a small part of what the median head of its layer once held. A head that always was sharp,
 uniform or a sink has no margin to lose and is never reported; a whole layer that degenerates is, because it
-is compared with what it was.
-
-Sources: entropy collapse, arXiv 2303.06296; growing logits, arXiv 2507.20534 (clipped there at 100); sinks,
-arXiv 2606.08105; idle heads, arXiv 2504.03889; rank collapse, arXiv 2103.03404.
+is compared with what it was. The ways to degenerate are in `attention_kinds`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from gmar_lightning.monitor.attention_kinds import RULES, Rule
 from gmar_lightning.monitor.causes import Evidence, margins
-from gmar_lightning.monitor.events import EventKind, HeadEvent
+from gmar_lightning.monitor.events import HeadEvent
 from gmar_lightning.monitor.latch import Latch, LevelMemory
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One way to degenerate.
-
-    Attributes:
-        kind: Event that reports it.
-        end: Event that takes it back.
-        signal: The signal shown to people.
-        margin: Its distance from the degenerate state, a name of `causes.margins`.
-        near: Next to nothing: the margin below which a head can be reported.
-        kept: The fraction of its own held margin below which it can be.
-        beside: The fraction of the layer's typical held margin below which it can be.
-        had: The margin that a head must once have held to have lost it.
-        what: What happened, for a person; `{now}` and `{before}` are the signal.
-        advice: What it means and what to do.
-        unless: Margins, with their limits, that explain the same finding better.
-        whole_layer: One value per layer, repeated over heads.
-    """
-
-    kind: EventKind
-    end: EventKind
-    signal: str
-    margin: str
-    near: float
-    kept: float
-    beside: float
-    had: float
-    what: str
-    advice: str
-    unless: tuple[tuple[str, float], ...] = ()
-    whole_layer: bool = False
-
-
-# A sink that takes nearly all mass is one-token attention too, and is reported as the sink it is.
-_SINK, _UNIFORM, _ONE_TOKEN = 0.1, 0.002, 0.15
-
-RULES = (
-    Rule(
-        "entropy_collapse",
-        "entropy_restored",
-        "entropy",
-        "spread",
-        near=_ONE_TOKEN,
-        kept=0.25,
-        beside=0.5,
-        had=0.0,
-        what="attends to one token only: its entropy went from {before:.2f} to {now:.3f} (1 is uniform)",
-        advice="training with collapsed entropy tends to diverge; lower the learning rate, warm up longer or "
-        "normalise queries and keys (QK-norm)",
-        unless=(("outside sink", _SINK),),
-    ),
-    Rule(
-        "uniform_attention",
-        "uniform_attention_end",
-        "entropy",
-        "focus",
-        near=_UNIFORM,
-        kept=0.005,
-        beside=0.02,
-        had=5e-5,
-        what="attends to everything alike: its entropy went from {before:.4f} to {now:.5f} (1 is uniform)",
-        advice="it averages the tokens and chooses none; look for queries or keys driven to zero (weight decay "
-        "on them, a frozen or reset projection)",
-        # tokens that are alike are attended to alike
-        unless=(("token difference", 0.2),),
-    ),
-    Rule(
-        "logit_growth",
-        "logit_growth_end",
-        "logit_max",
-        "calm",
-        near=1 / 30,
-        kept=0.2,
-        beside=0.4,
-        had=0.0,
-        what="has attention logits that keep growing: the largest went from {before:.1f} to {now:.0f}",
-        advice="beyond about 100 half precision and the softmax saturate; clip or normalise queries and keys "
-        "(QK-norm, QK-clip) or lower the learning rate",
-    ),
-    Rule(
-        "attention_sink",
-        "attention_sink_end",
-        "sink_mass",
-        "outside sink",
-        near=_SINK,
-        kept=0.25,
-        beside=0.5,
-        had=0.0,
-        what="gives nearly all of its attention to one token: that token's share went from {before:.2f} to "
-        "{now:.3f}",
-        advice="whatever the query asks, it reads the same token; if that token's value is small the head does "
-        "nothing (register tokens or a gate on the output give it another way to rest)",
-    ),
-    Rule(
-        "head_copy",
-        "head_copy_end",
-        "similarity",
-        "difference",
-        near=0.02,
-        kept=0.1,
-        beside=0.2,
-        had=0.0,
-        what="became a copy of another head of its layer: cosine of the two went from {before:.2f} to {now:.4f}",
-        advice="one of the two is redundant and can be pruned, or set anew to be of use",
-        # heads that are given the same tokens return the same
-        unless=(("token difference", 0.2),),
-    ),
-    Rule(
-        "rank_collapse",
-        "rank_restored",
-        "token_similarity",
-        "token difference",
-        near=0.1,
-        kept=0.2,
-        beside=0.2,
-        had=0.0,
-        what="receives tokens that became alike: their mean cosine went from {before:.2f} to {now:.3f}",
-        advice="nothing is left for attention to tell apart; check residual connections, normalisation and "
-        "LayerScale of the blocks before it",
-        whole_layer=True,
-    ),
-    Rule(
-        "constant_values",
-        "constant_values_end",
-        "value_similarity",
-        "value difference",
-        near=0.02,
-        kept=0.1,
-        beside=0.2,
-        had=0.0,
-        what="has the same value for every token: their mean cosine went from {before:.2f} to {now:.4f}",
-        advice="whatever it attends to, it returns the same; look at its value projection (weights at zero "
-        "beside a bias)",
-        unless=(("token difference", 0.1),),
-    ),
-)
 
 
 class AttentionRules:
@@ -266,7 +125,11 @@ class AttentionRules:
         limit = np.minimum(rule.near, np.minimum(rule.kept * own, rule.beside * layer))
         off = margin >= self._hysteresis * limit
         if rule.whole_layer:
-            return np.asarray(on.any(axis=1)), np.asarray(off.any(axis=1))
+            # one value per layer, repeated over its heads
+            kept = np.divide(margin, own, out=np.full(own.shape, np.nan), where=own > 0).max(axis=1)
+            named = self._latches[rule.kind].active
+            alike, off = np.asarray(on.any(axis=1)), np.asarray(off.any(axis=1))
+            return _where_it_begins(alike, kept, rule.kept, named), off
         return on, off
 
     def _event(
@@ -296,6 +159,21 @@ class AttentionRules:
         return HeadEvent(
             step, rule.kind if raised else rule.end, layer, head, names[layer], now, before, since, message
         )
+
+
+def _where_it_begins(alike: np.ndarray, kept: np.ndarray, much: float, named: np.ndarray) -> np.ndarray:
+    """Of the layers that receive alike tokens, those to be named; all `(layers,)` in forward order.
+
+    A layer after one of alike tokens only receives what that one hands on. A layer before a named one that
+    makes tokens alike by itself (it kept less than the fraction `much` of what the layer before it kept) only
+    reacts to it: what comes back from there no longer tells tokens apart, so training lets them go.
+    """
+    handed_on = np.concatenate([[False], alike[:-1]])
+    by_itself = np.concatenate([[True], kept[1:] < much * kept[:-1]])
+    begins = named & by_itself
+    after = np.concatenate([begins[1:], [False]])
+    reacts = np.flip(np.logical_or.accumulate(np.flip(after)))
+    return alike & ~handed_on & ~reacts
 
 
 def _typical(held: np.ndarray) -> np.ndarray:

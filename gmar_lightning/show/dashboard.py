@@ -53,15 +53,20 @@ def scalars(record: ProbeRecord, heads: Sequence[int], per_head: bool = False) -
         keys.DRIFT_FROM_FIRST: _drift(record, "rank_correlation_first"),
         keys.SECONDS: record.seconds,
     }
+    if record.source == "step":
+        # no pictures, no forward of its own: what there never is gets no column
+        for name in (keys.ENTROPY, keys.DRIFT, keys.DRIFT_FROM_FIRST, keys.SECONDS):
+            del numbers[name]
     for layer in range(len(heads)):
         numbers[keys.LAYER_EFFECTIVE_HEADS.format(layer=layer)] = float(effective[layer])
         numbers[keys.LAYER_IMPORTANCE.format(layer=layer)] = _sum(importance[layer])
-        numbers[keys.LAYER_ENTROPY.format(layer=layer)] = _mean(entropy[layer])
+        if record.source == "probe":
+            numbers[keys.LAYER_ENTROPY.format(layer=layer)] = _mean(entropy[layer])
     if per_head:
         numbers.update({name: float(relative[cell]) for name, cell in keys.head_names(heads)})
     for name, value in (record.faithfulness or {}).items():
         numbers[keys.test_of_maps(name)] = value
-    return numbers
+    return {keys.of_source(name, record.source): number for name, number in numbers.items()}
 
 
 def as_metrics(record: ProbeRecord) -> dict[str, torch.Tensor]:
@@ -70,7 +75,7 @@ def as_metrics(record: ProbeRecord) -> dict[str, torch.Tensor]:
     return {
         name: torch.tensor(value)
         for name, value in scalars(record, heads).items()
-        if name.startswith("gmar/") and math.isfinite(value)
+        if name.startswith(("gmar/", "gmar_step/")) and math.isfinite(value)
     }
 
 
@@ -121,22 +126,24 @@ def image_rows(
     ]
 
 
-def pictures(history: History, record: ProbeRecord, images: Sequence[np.ndarray]) -> dict[str, Any]:
+def pictures(
+    history: History, record: ProbeRecord, images: Sequence[np.ndarray], rollouts: Sequence[str] = ()
+) -> dict[str, Any]:
     """Overlays and grids of the last probe, as the fields of a `Publication`.
 
     Args:
         history: The run so far.
         record: The probe, with its maps.
         images: The clean photographs to draw on, uint8; as many as are drawn.
+        rollouts: Forms of the map to draw beside the primary one.
 
     Returns:
-        `heatmaps`, `grids` and `importance` of a `Publication`.
+        `heatmaps`, `others`, `grids` and `importance` of a `Publication`.
     """
-    shares, maps = history.shares(), record.heatmaps
-    # Relevance per token of a sequence is no picture.
-    grids = maps if maps is not None and maps.ndim == 3 else ()
+    shares = history.shares()
     return {
-        "heatmaps": [overlay(image, grid) for image, grid in zip(images, grids, strict=False)],
+        "heatmaps": _overlays(images, record.heatmaps),
+        "others": {f"{keys.HEATMAPS}_{form}": _overlays(images, record.maps.get(form)) for form in rollouts},
         "grids": {
             keys.HEAD_IMPORTANCE: importance_grid(shares[-1], record.flagged, history.layers),
             keys.HEAD_EVOLUTION: evolution_raster(shares, history.steps, history.events, history.layers),
@@ -144,6 +151,12 @@ def pictures(history: History, record: ProbeRecord, images: Sequence[np.ndarray]
         },
         "importance": relative_shares(shares[-1]).ravel(),
     }
+
+
+def _overlays(images: Sequence[np.ndarray], maps: np.ndarray | None) -> list[np.ndarray]:
+    # Relevance per token of a sequence is no picture.
+    grids = maps if maps is not None and maps.ndim == 3 else ()
+    return [overlay(image, grid) for image, grid in zip(images, grids, strict=False)]
 
 
 def _contributions(history: History, record: ProbeRecord) -> dict[str, np.ndarray]:

@@ -120,6 +120,7 @@ def _share_scale(what: str, top: float) -> Scale:
 def _contribution_units(values: np.ndarray, what: str, top: float | None) -> tuple[np.ndarray, Scale]:
     known = values[np.isfinite(values)]
     top = float(known.max()) if top is None and known.size else top or 1.0
+    # Every head at zero (a fresh head on a frozen model): an empty scale, not a division by zero.
     top = top if top > 0 else 1.0
     # contributions spread over orders of magnitude: by their square root weak heads can still be told apart
     unit = np.sqrt(np.clip(np.asarray(values, dtype=np.float64), 0, None) / top)
@@ -131,6 +132,7 @@ def _head_grid(
     unit: np.ndarray, flagged: Sequence[Sequence[int]], layers: Sequence[str] | None, scale: Scale
 ) -> np.ndarray:
     rows, columns = unit.shape
+    # The picture keeps a size that a dashboard's panel shows whole, from 2 x 2 to 48 x 48 heads.
     cell = int(np.clip(420 // max(rows, columns, 1), 14, 28))
     names = short_names(layers) if layers else [str(row) for row in range(rows)]
     font, left, head_room = _font(11), 34 + _text_width(names, _font(11)), 40
@@ -178,6 +180,8 @@ def _raster(
         block = _raster_block(unit[:, layer, : real[layer]].T, edges, row_height)
         canvas.paste(Image.fromarray(block), (left, int(tops[layer])))
         middle = int(tops[layer] + row_height * real[layer] / 2)
+        # The height of a line of text: names of thin layers are left out rather than printed over one
+        # another.
         if middle - previous >= 12:
             draw.text((left - 6, middle), names[layer], fill=_INK, font=_font(11), anchor="rm")
             previous = middle
@@ -229,6 +233,8 @@ def _draw_cell(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], value:
     colour = _colours(np.array(value))
     draw.rectangle(box, fill=tuple(int(c) for c in colour))
     if crossed:
+        # Flagged heads are mostly dark, so mostly crossed out in white; a flagged head that is light needs
+        # black.
         pen = (255, 255, 255) if colour.mean() < 140 else (0, 0, 0)
         draw.line((x0 + 3, y0 + 3, x1 - 3, y1 - 3), fill=pen, width=2)
         draw.line((x0 + 3, y1 - 3, x1 - 3, y0 + 3), fill=pen, width=2)
@@ -246,11 +252,13 @@ def _average_columns(values: np.ndarray, count: int) -> np.ndarray:
     starts = np.flatnonzero(np.diff(bins, prepend=-1))
     known = np.isfinite(values)
     sums = np.add.reduceat(np.where(known, values, 0.0), starts, axis=1)
+    # Means over the finite values alone: one failed probe leaves no hole where its neighbours are known.
     counts = np.add.reduceat(known.astype(np.float64), starts, axis=1)
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def _column_edges(probes: int) -> np.ndarray:
+    # Bounded: the raster is drawn at every logged probe of a run of any length.
     columns = min(max(probes, 1), 480)
     width = int(np.clip(720 // columns, 1, 24))
     return np.arange(columns + 1) * width

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from gmar_lightning.explain.rollout import Rollout
+from gmar_lightning.monitor.record import Source
 
 # W&B's x-axis, under the name that Lightning's own WandbLogger gives it.
 STEP = "trainer/global_step"
@@ -16,7 +19,8 @@ class Key:
 
     Attributes:
         meaning: One phrase.
-        kind: "number" and "layer number" and "head number" go to every logger; "pictures" (a list), "picture",
+        kind: "number" and "layer number" and "head number" go to every logger; "pictures" (a list; "other pictures"
+            on request), "picture",
             "histogram", "table" (at the end; a "growing table" has new rows at each probe) and "page" to those
             that can show them; "summary" is one value per run.
     """
@@ -27,6 +31,7 @@ class Key:
         "layer number",
         "head number",
         "pictures",
+        "other pictures",
         "picture",
         "head picture",
         "histogram",
@@ -65,6 +70,12 @@ FLAGGED_HEAD = "gmar_flagged/L{layer:02d}_H{head:02d}"
 KEYS: Mapping[str, Key] = {
     HEATMAPS: Key("the drawn probe images under their maps, in a fixed order", "pictures"),
     INPUTS: Key("the same photographs without heat, once", "pictures"),
+    **{
+        f"{HEATMAPS}_{form}": Key(
+            f'the same under the map of rollout="{form}"; with log_rollouts', "other pictures"
+        )
+        for form in get_args(Rollout)
+    },
     HEAD_IMPORTANCE: Key("layers x heads on a fixed scale, flagged heads crossed", "picture"),
     HEAD_EVOLUTION: Key("every head over the whole run; a head that dies leaves a dark streak", "picture"),
     HEAD_CONTRIBUTION: Key("layers x heads by contribution to the score, flagged heads crossed", "picture"),
@@ -111,6 +122,11 @@ KEYS: Mapping[str, Key] = {
     ),
     FAITHFULNESS: Key("insertion - deletion of the maps when it was last measured", "summary"),
 }
+
+
+def of_source(name: str, source: Source) -> str:
+    """The name under which a record of this source logs: `gmar_step/...` for what is read off training steps."""
+    return name if source == "probe" else name.replace("gmar", "gmar_step", 1)
 
 
 def test_of_maps(name: str) -> str:

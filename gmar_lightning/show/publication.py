@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gmar_lightning.monitor.record import Source
 from gmar_lightning.show import keys
 
 
@@ -22,6 +23,7 @@ class Publication:
         scalars: Name to number; NaN where there is none this time.
         hidden: Names among the scalars that get no panel of their own.
         heatmaps: Overlays, uint8 `(height, width, 3)` each, in probe order; empty when media are thinned out.
+        others: Name to overlays of another form of the map, likewise.
         captions: One per overlay.
         inputs: The clean photographs, at the first probe only.
         grids: Name to picture, uint8 `(height, width, 3)`.
@@ -35,6 +37,7 @@ class Publication:
     scalars: Mapping[str, float]
     hidden: frozenset[str] = frozenset()
     heatmaps: Sequence[np.ndarray] = ()
+    others: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
     captions: Sequence[str] = ()
     inputs: Sequence[np.ndarray] = ()
     grids: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -51,8 +54,8 @@ class Publication:
     @property
     def lists(self) -> dict[str, Sequence[np.ndarray]]:
         """Name to pictures, one per probe image; names without pictures this time are left out."""
-        both = {keys.HEATMAPS: self.heatmaps, keys.INPUTS: self.inputs}
-        return {name: images for name, images in both.items() if len(images)}
+        every = {keys.HEATMAPS: self.heatmaps, **self.others, keys.INPUTS: self.inputs}
+        return {name: images for name, images in every.items() if len(images)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +83,11 @@ class Adapter:
     Attributes:
         logger: The logger.
         pictures: Whether `publish` sends pictures too.
+        source: Where the numbers come from; decides the names.
     """
 
     pictures = False
+    source: Source = "probe"
 
     def __init__(self, logger: Any) -> None:
         self.logger = logger
@@ -100,6 +105,10 @@ class Adapter:
 
     def close(self, ending: Ending) -> None:
         """Hand over what belongs to the end of a run."""
+
+    def key(self, name: str) -> str:
+        """The name, as this source logs it."""
+        return keys.of_source(name, self.source)
 
     def prefixed(self, name: str) -> str:
         """The name as `log_metrics` of this logger writes it."""

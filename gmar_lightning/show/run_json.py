@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,26 +11,9 @@ from gmar_lightning.monitor.history import History
 from gmar_lightning.monitor.record import FORMAT, ProbeRecord, finite_only
 from gmar_lightning.show.dashboard import summary
 from gmar_lightning.show.metric_names import accuracy_name, loss_name
-from gmar_lightning.show.verdict import ALARMS, judge
+from gmar_lightning.show.verdict import ALARMS, FINDINGS, judge
 
 SCHEMA = 1
-
-# What each rule of `show.verdict.judge` asks.
-_RULES = {
-    "nonfinite": "importance was NaN or infinite at a probe",
-    "diverged": "the loss ended above twice its lowest value and more than half the way back, or was not finite",
-    "collapse": "heads still collapsed at the end",
-    "layer_vanishing": "a layer still without gradient at the end",
-    "nothing_learned": "accuracy gained less than 2 points and the loss fell less than 5 %",
-    "shortcut": "heat in one spot of every image",
-    "too_early": "fewer than 6 good probes",
-    "dominance": "a head that holds most of its layer at the end",
-    "failed_probes": "a probe failed",
-    "drift": "median rank correlation with the first maps below 0.3",
-    "recovered": "a collapse was followed by recovery",
-    "dormant": "a head that never came alive",
-    "global_shrink": "gradients of nearly all layers shrank together",
-}
 
 
 def describe(history: History, name: str, around: int | None = None, window: int = 3) -> dict[str, Any]:
@@ -57,9 +39,9 @@ def describe(history: History, name: str, around: int | None = None, window: int
             {
                 "kind": finding.kind,
                 "alarm": finding.kind in ALARMS,
-                "rule": _RULES.get(finding.kind, ""),
+                "rule": FINDINGS[finding.kind],
                 "text": finding.text,
-                "figures": _figures(finding.text),
+                "figures": dict(finding.figures),
             }
             for finding in verdict.findings
         ],
@@ -76,13 +58,6 @@ def describe(history: History, name: str, around: int | None = None, window: int
     if around is not None:
         described["around"] = [_probe(history, record) for record in _window(history, around, window)]
     return finite_only(described)
-
-
-def _figures(text: str) -> list[float]:
-    """The numbers that a finding's sentence says, in order; those inside names (`blocks.3`) are not figures."""
-    return [
-        float(number) for number in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w]|\.\w)", text)
-    ]
 
 
 def _probes(history: History) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a run was, in words: a few fixed rules over its record. Each finding says the numbers it rests on."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,22 @@ from gmar_lightning.show.evidence import fixed_region
 from gmar_lightning.show.metric_names import accuracy_name, loss_name
 
 ALARMS = ("nonfinite", "diverged", "collapse", "layer_vanishing", "nothing_learned")
-FINDINGS = (
-    *ALARMS,
-    "shortcut",
-    "too_early",
-    "dominance",
-    "failed_probes",
-    "drift",
-    "recovered",
-    "dormant",
-    "global_shrink",
-)
+# Every kind of finding, in the order of the headline, and what its rule asks.
+FINDINGS = {
+    "nonfinite": "importance was NaN or infinite at a probe",
+    "diverged": "the loss ended above twice its lowest value and more than half the way back, or was not finite",
+    "collapse": "heads still collapsed at the end",
+    "layer_vanishing": "a layer still without gradient at the end",
+    "nothing_learned": "accuracy gained less than 2 points and the loss fell less than 5 %",
+    "shortcut": "heat in one spot of every image",
+    "too_early": "fewer than 6 good probes",
+    "dominance": "a head that holds most of its layer at the end",
+    "failed_probes": "a probe failed",
+    "drift": "median rank correlation with the first maps below 0.3",
+    "recovered": "a collapse was followed by recovery",
+    "dormant": "a head that never came alive",
+    "global_shrink": "gradients of nearly all layers shrank together",
+}
 
 # a loss counts as diverged above this multiple of its lowest value, once half the way back to the start
 LOSS_FACTOR = 2.0
@@ -45,10 +51,17 @@ _HEADLINES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a rule found: `kind` is one of `FINDINGS`, `text` a sentence with its numbers."""
+    """One thing that a rule found.
+
+    Attributes:
+        kind: One of `FINDINGS`.
+        text: A sentence with the numbers it rests on.
+        figures: The same numbers by name, for programs.
+    """
 
     kind: str
     text: str
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -161,7 +174,8 @@ def _nonfinite(history: History) -> list[Finding]:
     if not steps:
         return []
     times = "once" if len(steps) == 1 else f"at {len(steps)} probes"
-    return [Finding("nonfinite", f"Importance was not finite {times}, first at step {steps[0]}.")]
+    figures = {"probes": len(steps), "first_step": steps[0]}
+    return [Finding("nonfinite", f"Importance was not finite {times}, first at step {steps[0]}.", figures)]
 
 
 def _diverged(history: History) -> list[Finding]:
@@ -171,14 +185,15 @@ def _diverged(history: History) -> list[Finding]:
     logged = [(r.step, r.metrics[name]) for r in history.records if name in r.metrics]
     broken = next((step for step, value in logged if not np.isfinite(value)), None)
     if broken is not None:
-        return [Finding("diverged", f"{name} was not finite at step {broken}.")]
+        return [Finding("diverged", f"{name} was not finite at step {broken}.", {"step": broken})]
     values = np.array([value for _, value in logged], dtype=np.float64)
     if len(values) < 4:
         return []
     low, last = values.min(), float(np.median(values[-3:]))
     if last > LOSS_FACTOR * low and last - low > 0.5 * (values[0] - low) and last - low > 0.1:
         step = logged[int(values.argmin())][0]
-        return [Finding("diverged", f"{name} rose from {low:.3g} at step {step} to {last:.3g} at the end.")]
+        text = f"{name} rose from {low:.3g} at step {step} to {last:.3g} at the end."
+        return [Finding("diverged", text, {"lowest": float(low), "lowest_step": step, "last": last})]
     return []
 
 
@@ -190,30 +205,37 @@ def _collapse(history: History) -> list[Finding]:
     places = [f"{item.layer_name} head {item.head} (step {item.step})" for item in latest.values()]
     shown = ", ".join(places[:6]) + (f" and {len(places) - 6} more" if len(places) > 6 else "")
     count = "1 head is" if len(places) == 1 else f"{len(places)} heads are"
-    return [Finding("collapse", f"{count} still collapsed at the end: {shown}.")]
+    figures = {"heads": len(places), "first_step": min(item.step for item in latest.values())}
+    return [Finding("collapse", f"{count} still collapsed at the end: {shown}.", figures)]
 
 
 def _vanishing(history: History) -> list[Finding]:
     return [
-        Finding("layer_vanishing", f"{event['layer_name']} lost its gradient at step {event['step']}.")
+        Finding(
+            "layer_vanishing",
+            f"{event['layer_name']} lost its gradient at step {event['step']}.",
+            {"layer": event["layer"], "step": event["step"]},
+        )
         for event in _standing(history, "layer_vanishing", "layer_restored")
     ]
 
 
 def _nothing_learned(history: History) -> list[Finding]:
     accuracy, loss = accuracy_name(history), loss_name(history)
-    texts = []
+    texts, figures = [], {}
     if accuracy is not None:
         values = _known(history, accuracy)
         if len(values) < 3 or values.max() - values[0] >= ACCURACY_GAIN or values.max() >= 0.9:
             return []
         texts.append(f"{accuracy} began at {values[0]:.3f} and never passed {values.max():.3f}")
+        figures |= {"accuracy_first": float(values[0]), "accuracy_best": float(values.max())}
     if loss is not None:
         values = _known(history, loss)
         if len(values) < 3 or values.min() < (1 - LOSS_FALL) * values[0]:
             return []
         texts.append(f"{loss} began at {values[0]:.3g} and never fell below {values.min():.3g}")
-    return [Finding("nothing_learned", "; ".join(texts) + ".")] if texts else []
+        figures |= {"loss_first": float(values[0]), "loss_lowest": float(values.min())}
+    return [Finding("nothing_learned", "; ".join(texts) + ".", figures)] if texts else []
 
 
 def _shortcut(history: History) -> list[Finding]:
@@ -224,7 +246,8 @@ def _shortcut(history: History) -> list[Finding]:
         "Evidence that does not move with the object is a watermark, a border or another shortcut more often than "
         "an object: cover those patches and see what the accuracy is worth."
     )
-    return [Finding("shortcut", f"Shortcut-like evidence: {region.text}. {advice}")]
+    figures = {"step": region.step, "share": region.share, "least": region.least, "share_first": region.first}
+    return [Finding("shortcut", f"Shortcut-like evidence: {region.text}. {advice}", figures)]
 
 
 def _too_early(history: History) -> list[Finding]:
@@ -232,7 +255,7 @@ def _too_early(history: History) -> list[Finding]:
     if count >= LEAST_PROBES:
         return []
     text = f"{count} of at least {LEAST_PROBES} probes: heads are judged only after a warm-up."
-    return [Finding("too_early", text)]
+    return [Finding("too_early", text, {"probes": count, "needed": LEAST_PROBES})]
 
 
 def _known(history: History, name: str) -> np.ndarray:
@@ -242,7 +265,11 @@ def _known(history: History, name: str) -> np.ndarray:
 
 def _dominance(history: History) -> list[Finding]:
     return [
-        Finding("dominance", f"{event['layer_name']} head {event['head']} holds most of its layer.")
+        Finding(
+            "dominance",
+            f"{event['layer_name']} head {event['head']} holds most of its layer.",
+            {"layer": event["layer"], "head": event["head"], "step": event["step"]},
+        )
         for event in _standing(history, "dominance", "dominance_end")
     ]
 
@@ -252,7 +279,8 @@ def _failed(history: History) -> list[Finding]:
     if not failed:
         return []
     text = f"{len(failed)} of {len(history.records)} probes failed, first at step {failed[0].step}"
-    return [Finding("failed_probes", f"{text}: {failed[0].failure}")]
+    figures = {"failed": len(failed), "probes": len(history.records), "first_step": failed[0].step}
+    return [Finding("failed_probes", f"{text}: {failed[0].failure}", figures)]
 
 
 def _moved(history: History) -> list[Finding]:
@@ -261,17 +289,18 @@ def _moved(history: History) -> list[Finding]:
     if len(known) < 2 or known[-1] >= DRIFT_LIMIT:
         return []
     text = "Explanations drifted away from the first probe: median rank correlation"
-    return [Finding("drift", f"{text} {known[-1]:.2f} at the end.")]
+    return [Finding("drift", f"{text} {known[-1]:.2f} at the end.", {"rank_correlation": float(known[-1])})]
 
 
 def _harmless(history: History) -> list[Finding]:
     found = []
     recovered = [item for item in collapses(history) if item.recovered_step is not None]
     if recovered:
-        found.append(Finding("recovered", f"{len(recovered)} collapses were followed by recovery."))
+        text = f"{len(recovered)} collapses were followed by recovery."
+        found.append(Finding("recovered", text, {"collapses": len(recovered)}))
     dormant = _standing(history, "dormant", "woke")
     if dormant:
-        found.append(Finding("dormant", f"{len(dormant)} heads never came alive."))
+        found.append(Finding("dormant", f"{len(dormant)} heads never came alive.", {"heads": len(dormant)}))
     if _standing(history, "global_shrink", "global_restored"):
         text = "Gradients shrank in all layers alike, as they do in a confident model or at a decayed rate."
         found.append(Finding("global_shrink", text))

@@ -14,11 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gmar_lightning.monitor.attention_rules import RULES
-from gmar_lightning.monitor.collapse import CollapseDetector
-from gmar_lightning.monitor.events import HeadEvent
+from gmar_lightning.monitor.attention_kinds import RULES
 from tests.benchmarks.attention_runs import ATTENTION, CAUSES, LOOKALIKES, Series, run
-from tests.benchmarks.collapse_runs import digits
+from tests.benchmarks.training import digits, events_of
 
 TUNE, REPORT, PROBES = (1, 2, 3, 7, 8, 10), (13, 14, 16, 18, 19, 20), 40
 EVENTS = {
@@ -46,24 +44,13 @@ CAUSE = {
 KINDS = {rule.kind for rule in RULES}
 
 
-def events_of(series: Series) -> list[HeadEvent]:
-    """What the detector says, probe by probe; steps are numbers of probes."""
-    detector, found = CollapseDetector(), []
-    signals = {n: v for n, v in series.signals.items() if n not in ("importance", "probability")}
-    for probe, raw in enumerate(series.signals["importance"]):
-        now = {name: values[probe] for name, values in signals.items()}
-        context = {"probability": float(series.signals["probability"][probe])}
-        found += detector.update(probe, raw, signals=now, context=context)
-    return found
-
-
 def judged(series: Series) -> tuple[int, int, int, list[int]]:
     """Plants named, plants, false events, and delays in probes after the plant acts fully."""
     expected = EVENTS.get(series.kind, set())
     allowed = expected | BESIDE.get(series.kind, set())
     places = {(layer, None if series.kind == "rank" else head) for layer, head in series.planted}
     named, false, delays = set(), 0, []
-    for event in events_of(series):
+    for event in events_of(series.signals):
         if event.kind not in KINDS:
             continue
         # Tokens that became alike are alike in all layers after the plant as well.
@@ -80,7 +67,7 @@ def judged(series: Series) -> tuple[int, int, int, list[int]]:
 def cause_of(series: Series) -> str | None:
     """The first cause given at the planted place."""
     where = series.planted[0][0]
-    for event in events_of(series):
+    for event in events_of(series.signals):
         if event.cause is not None and event.layer in (where, None):
             return event.cause
     return None

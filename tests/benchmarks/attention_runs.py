@@ -11,12 +11,17 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from gmar_lightning.explain.gmar import gmar
-from tests.benchmarks.collapse_runs import EVERY, SHAPES, build
+from tests.benchmarks.training import Hooks, Recipe, Signals, kept, learn
 
 ATTENTION = ("one token", "uniform", "logits", "sink", "copy", "rank", "constant")
 CAUSES = ("values", "projection", "layer scale", "cut", "all values")
 LOOKALIKES = ("healthy", "dip", "sharp from birth", "slow sharpening")
+SHAPES = ((4, 6, 8, 8), (2, 3, 12, 8), (6, 4, 8, 4), (4, 12, 4, 8), (3, 16, 4, 8), (12, 3, 8, 8))
+
+
+def recipe_of(seed: int) -> Recipe:
+    """Depth, heads, head width and patch size of a seed, in turn."""
+    return Recipe(*SHAPES[seed % len(SHAPES)])
 
 
 @dataclass
@@ -32,8 +37,7 @@ class Series:
     seed: int
     planted: list[tuple[int, int]]
     start: int
-    signals: dict[str, np.ndarray] = field(default_factory=dict)
-    accuracy: float = 0.0
+    signals: Signals
 
 
 @dataclass
@@ -56,7 +60,8 @@ class Plant:
 def plant(kind: str, seed: int, probes: int) -> Plant:
     """Where and how strongly, for a seed; strength 0 leaves the model alone, 1 is the full plant."""
     rng = np.random.default_rng([seed, 11])
-    depth, heads, width = SHAPES[seed % len(SHAPES)][:3]
+    recipe = recipe_of(seed)
+    depth, heads, width = recipe.depth, recipe.heads, recipe.width
     layer = int(rng.integers(depth))
     head, other = (int(h) for h in rng.permutation(heads)[:2])
     start = int(rng.integers(14, probes // 2))
@@ -109,9 +114,9 @@ def _tampered(qkv: Tensor, what: Plant, width: int, heads: int) -> Tensor:
     return torch.stack([q, k, v], 2).flatten(2)
 
 
-def attach(model: VisionTransformer, what: Plant, shape: tuple[int, int, int, int]) -> None:
+def attach(model: VisionTransformer, what: Plant, recipe: Recipe) -> None:
     """Put the plant into the model."""
-    heads, width = shape[1:3]
+    heads, width = recipe.heads, recipe.width
     block = model.blocks[what.layer]
     block.attn.qkv.register_forward_hook(lambda _, __, qkv: _tampered(qkv, what, width, heads))
     if what.kind == "rank":
@@ -147,62 +152,20 @@ def attach(model: VisionTransformer, what: Plant, shape: tuple[int, int, int, in
         )
 
 
-def signals_of(model: VisionTransformer, images: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
-    """Every signal as a record has it, `(layers, heads)` each, and the mean probability of the label."""
-    result = gmar(model, images, labels, signals=True)
-    assert result.logits is not None
-    found = {name: values.double().mean(0).numpy() for name, values in result.signals.items()}
-    found["logit_max"] = result.signals["logit_max"].double().amax(0).numpy()
-    found["importance"] = result.importance.double().mean(0).numpy()
-    found["contribution"] = result.contribution.double().abs().mean(0).numpy()
-    found["contribution_signed"] = result.contribution.double().mean(0).numpy()
-    found["probability"] = result.logits.softmax(-1).gather(1, labels[:, None]).mean().numpy()
-    return found
-
-
 def run(kind: str, seed: int, probes: int, data: tuple[Tensor, Tensor], folder: Path | None = None) -> Series:
     """One run from initialisation; read from `folder` where it was run before."""
-    kept = None if folder is None else folder / f"{kind.replace(' ', '_')}_{seed}_{probes}.npz"
+    recipe = recipe_of(seed)
     what = plant(kind, seed, probes)
-    heads = SHAPES[seed % len(SHAPES)][1]
     layerwise = kind in ("rank", "layer scale", "cut", "all values")
-    planted = [(what.layer, head) for head in range(heads)] if layerwise else [(what.layer, what.head)]
+    heads = range(recipe.heads) if layerwise else [what.head]
+    planted = [(what.layer, head) for head in heads]
     planted += [(what.layer, what.other)] if kind == "copy" else []
-    series = Series(kind, seed, [] if kind in LOOKALIKES else planted, int(np.argmax(what.strength >= 1)))
-    if kept is not None and kept.exists():
-        stored = dict(np.load(kept))
-        series.accuracy = float(stored.pop("accuracy"))
-        series.signals = stored
-        return series
-    series.signals, series.accuracy = _train(what, seed, probes, data)
-    if kept is not None:
-        np.savez_compressed(kept, accuracy=series.accuracy, **series.signals)
-    return series
 
-
-def _train(
-    what: Plant, seed: int, probes: int, data: tuple[Tensor, Tensor]
-) -> tuple[dict[str, np.ndarray], float]:
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    shape = SHAPES[seed % len(SHAPES)]
-    images, labels = data
-    order = rng.permutation(len(labels))
-    held, pool = order[:200], order[200:]
-    model = build(shape)
-    attach(model, what, shape)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-    rows = []
-    for probe in range(probes):
+    def to_its_level(probe: int, *_: object) -> None:
         what.now = probe
-        rows.append(signals_of(model.eval(), images[held[:32]], labels[held[:32]]))
-        model.train()
-        for _ in range(EVERY):
-            batch = rng.choice(pool, 32)
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    with torch.no_grad():
-        right = (model.eval()(images[held]).argmax(-1) == labels[held]).float().mean()
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}, float(right)
+
+    hooks = Hooks(attach=lambda model: attach(model, what, recipe), before_probe=to_its_level)
+    signals = kept(folder, f"{kind} {seed} {probes}", lambda: learn(recipe, seed, data, hooks, probes))
+    return Series(
+        kind, seed, [] if kind in LOOKALIKES else planted, int(np.argmax(what.strength >= 1)), signals
+    )

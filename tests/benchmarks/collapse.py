@@ -1,30 +1,30 @@
-"""How well collapse is detected in real training runs: `python -m tests.benchmarks.collapse [--quick]`.
+"""How well collapse is detected in real training runs: `python -m tests.benchmarks.collapse FOLDER [--stored]`.
 
-Small ViTs learn scikit-learn's digits while a gate on a head's output or value path kills it, or only seems
-to. The rule's defaults were chosen on seeds 0 to 9 and on made-up series; the thresholds of the baselines are
-chosen here on ``TUNING_SEEDS``; every number printed comes from ``REPORT_SEEDS``, never looked at before.
-A flag counts as true from the probe at which the gate of its head has passed a half.
+Small ViTs learn scikit-learn's digits under several recipes (optimiser, depth, heads, QK-norm, stochastic depth,
+length) while a gate on a head's output or value path kills it, or only seems to. The rule's defaults were chosen
+on other seeds and on made-up series; the thresholds of the baselines are chosen here on `TUNING_SEEDS`; every
+number printed comes from `REPORT_SEEDS`. A flag counts as true from the probe at which the gate of its head has
+passed a half. Runs are kept in FOLDER; `--stored` judges those and runs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from tests.benchmarks.collapse_runs import SHAPES, Run, digits, spread_of_shares, train
+from tests.benchmarks.collapse_runs import Run, train
+from tests.benchmarks.training import RECIPES, digits, events_of, file_of
 
-TUNING_SEEDS = (0, 3)
-REPORT_SEEDS = (100, 101, 102, 104)  # 3 layers of 16 heads, 12 of 3, 4 of 6, 6 of 4
-QUICK_SEEDS = (103,)  # 2 layers of 3 heads
-DYING = ("abrupt", "fast", "slow", "several", "all but one", "temporary")
-LOOKALIKES = ("healthy", "dip", "born dead", "waking", "exploding", "whole layer", "partial")
-STRESS = ("high rate", "strong decay")
-BLIND = ("uniform", "one token")
+TUNING_SEEDS, REPORT_SEEDS = (0, 3), (201, 202, 203)
+TUNING_KINDS = ("healthy", "slow", "several", "born dead", "dip")
+DYING = ("abrupt", "several", "slow", "all but one", "temporary", "fast")
+LOOKALIKES = ("healthy", "exploding", "dip", "born dead", "whole layer", "waking", "partial")
 
 Flags = dict[tuple[int, int], int]
 Method = Callable[[np.ndarray], Flags]
@@ -32,7 +32,7 @@ Method = Callable[[np.ndarray], Flags]
 
 def shipped(run: Run) -> Flags:
     flags: Flags = {}
-    for event in run.events:
+    for event in events_of(run.signals):
         if event.kind == "collapsed":
             flags.setdefault((event.layer, event.head), event.step)
     return flags
@@ -99,15 +99,13 @@ def count(runs: Iterable[Run], method: Callable[[Run], Flags]) -> dict[str, np.n
     true = false = planted = 0
     delays = []
     for run in runs:
-        flags, dead = method(run), run.dead
-        if run.kind == "whole layer":
-            dead = {}  # the layer is to be named, its heads are not to be blamed
+        # a layer that dies as a whole is to be named, its heads are not to be blamed
+        dead = {} if run.kind == "whole layer" else run.dead
         planted += len(dead)
-        for at, probe in flags.items():
-            if run.kind == "partial" and at in run.planted:
+        for at, probe in method(run).items():
+            if run.kind == "partial" and at in run.what.heads:
                 continue  # neither right nor wrong
-            gate = run.gates[:, at[0], at[1]]
-            if at in dead and probe >= int(np.argmax(gate <= 0.5)):
+            if at in dead and probe >= int(np.argmax(run.what.gate <= 0.5)):
                 true += 1
                 delays.append(probe - dead[at])
             else:
@@ -115,125 +113,89 @@ def count(runs: Iterable[Run], method: Callable[[Run], Flags]) -> dict[str, np.n
     return {"true": true, "false": false, "planted": planted, "delays": np.array(delays)}
 
 
-def line(name: str, runs: list[Run], method: Callable[[Run], Flags]) -> str:
+def line(name: str, runs: Sequence[Run], method: Callable[[Run], Flags]) -> str:
+    """A row of the table."""
     found = count(runs, method)
     true, false, planted, delays = (found[key] for key in ("true", "false", "planted", "delays"))
-    precision = true / (true + false) if true + false else float("nan")
-    recall = true / planted if planted else float("nan")
-    median, late = np.percentile(delays, [50, 90]) if len(delays) else (float("nan"), float("nan"))
-    return (
-        f"{name:<18} precision {precision:5.3f}  recall {recall:5.3f} ({true}/{planted})  "
-        f"delay {median:4.1f} / {late:4.1f}  false {false:3d} in {len(runs)} runs "
-        f"({100 * false / len(runs):.0f} per 100)"
-    )
+    precision = f"{true / (true + false):.3f}" if true + false else "-"
+    recall = f"{true / planted:.3f} ({true} of {planted})" if planted else "-"
+    late = "{:.0f} / {:.0f}".format(*np.percentile(delays, [50, 90])) if len(delays) else "-"
+    return f"| {name} | {len(runs)} | {precision} | {recall} | {late} | {false} |"
 
 
 def tuned(runs: list[Run]) -> dict[str, tuple[str, Method]]:
     """The candidate of each baseline with the best F1 on the tuning runs."""
 
     def quality(candidate: tuple[str, Method]) -> float:
-        found = count(runs, lambda run: candidate[1](run.importance))
-        return 2 * found["true"] / (found["true"] + found["false"] + found["planted"])
+        found = count(runs, lambda run: candidate[1](run.signals["importance"]))
+        return 2 * found["true"] / max(found["true"] + found["false"] + found["planted"], 1)
 
     return {name: max(candidates, key=quality) for name, candidates in CANDIDATES.items()}
 
 
 def named_rightly(run: Run) -> tuple[int, int]:
     """How many of the look-alike's expected events came, and how many were expected."""
-    found = {(event.kind, event.layer, event.head) for event in run.events}
+    found = {(event.kind, event.layer, event.head) for event in events_of(run.signals)}
+    planted = run.what.heads
     expected = {
-        "born dead": [("dormant", *at) for at in run.planted],
-        "waking": [(kind, *at) for at in run.planted for kind in ("dormant", "woke")],
-        "whole layer": [("layer_vanishing", run.planted[0][0], None)] if run.planted else [],
-        "temporary": [(kind, *at) for at in run.planted for kind in ("collapsed", "recovered")],
+        "born dead": [("dormant", *at) for at in planted],
+        "waking": [(kind, *at) for at in planted for kind in ("dormant", "woke")],
+        "whole layer": [("layer_vanishing", at[0], None) for at in planted[:1]],
+        "temporary": [(kind, *at) for at in planted for kind in ("collapsed", "recovered")],
     }.get(run.kind, [])
     return sum(event in found for event in expected), len(expected)
 
 
-def report_names(runs: list[Run]) -> None:
-    print("\nLook-alikes (shipped detector): events named rightly / expected, heads wrongly called collapsed")
-    for kind in (*LOOKALIKES, "temporary"):
-        of_kind = [run for run in runs if run.kind == kind]
-        right, expected = np.sum([named_rightly(run) for run in of_kind], axis=0)
-        false = count(of_kind, shipped)["false"]
-        print(f"  {kind:<14} {right}/{expected}   wrongly collapsed {false} in {len(of_kind)} runs")
-
-
-def report_ablation(runs: list[Run]) -> None:
-    print("\nAblation at the moment of the flag: KL divergence of the prediction, flagged | random unflagged")
-    for title, kinds in (("planted", (*DYING, *LOOKALIKES, *BLIND)), *((kind, (kind,)) for kind in STRESS)):
-        pairs = np.array([pair for run in runs if run.kind in kinds for pair in run.ablation]).reshape(-1, 2)
-        if not len(pairs):
-            print(f"  {title:<14} no flags")
-            continue
-        below = [np.mean(column[np.isfinite(column)] < 0.1) for column in pairs.T]
-        print(
-            f"  {title:<14} {len(pairs)} flags: below 0.1 in {below[0]:.0%} | {below[1]:.0%}; "
-            f"mean {np.nanmean(pairs[:, 0]):.3f} | {np.nanmean(pairs[:, 1]):.3f}"
-        )
-
-
-def report_blind(runs: list[Run]) -> None:
-    print("\nBlind spots of importance: attention made uniform or one-token; entropy at the last probe")
-    for kind in BLIND:
-        of_kind = [run for run in runs if run.kind == kind]
-        planted = np.array([run.entropy[-1][at] for run in of_kind for at in run.planted])
-        rest = np.concatenate(
-            [
-                np.delete(run.entropy[-1].ravel(), at[0] * run.shape[1] + at[1])
-                for run in of_kind
-                for at in run.planted
-            ]
-        )
-        seen = planted > 0.999 if kind == "uniform" else planted < 0.1
-        alike = rest > 0.999 if kind == "uniform" else rest < 0.1
-        flagged = sum(at in shipped(run) for run in of_kind for at in run.planted)
-        print(
-            f"  {kind:<10} entropy {planted.min():.3f} to {planted.max():.3f}; named by it {seen.sum()}/{len(seen)}, "
-            f"other heads {alike.sum()}/{len(rest)}; flagged by importance {flagged}/{len(seen)}"
-        )
+def collected(
+    seeds: Sequence[int], recipes: Sequence[str], kinds: Sequence[str], folder: Path, stored: bool
+) -> list[Run]:
+    """The runs, seed by seed, so that those that are there after a while are balanced."""
+    data, runs = digits(), []
+    for seed, name, kind in itertools.product(seeds, recipes, kinds):
+        if not stored or file_of(folder, f"{name} {kind} {seed}").exists():
+            runs.append(train(kind, name, seed, data, folder))
+    return runs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="one seed, the smallest model, to see that it runs"
-    )
-    quick = parser.parse_args().quick
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--stored", action="store_true", help="judge the runs in FOLDER, run nothing")
+    parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=RECIPES)
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(REPORT_SEEDS))
+    parser.add_argument("--kinds", nargs="*", default=[*DYING, *LOOKALIKES])
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    start, data, probes = time.monotonic(), digits(), 50
-    seeds = QUICK_SEEDS if quick else REPORT_SEEDS
-    kinds = (*DYING, *LOOKALIKES, *STRESS, *BLIND)
-    tuning = [
-        train(kind, seed, probes, data)
-        for seed in (TUNING_SEEDS[:1] if quick else TUNING_SEEDS)
-        for kind in ("healthy", "slow", "several", "born dead", "dip")
-    ]
-    print(f"tuning runs: {time.monotonic() - start:.0f} s", flush=True)
-    runs = []
-    for seed in seeds:
-        runs += [train(kind, seed, probes, data) for kind in kinds]
-        shape = SHAPES[seed % len(SHAPES)]
-        print(
-            f"seed {seed}, depth {shape[0]}, heads {shape[1]}: {time.monotonic() - start:.0f} s", flush=True
-        )
-    judged = [run for run in runs if run.kind in DYING + LOOKALIKES]
-    healthy = np.mean([run.accuracy for run in runs if run.kind == "healthy"])
-    print(f"\nTuning seeds {TUNING_SEEDS}, reporting seeds {seeds}; accuracy of healthy runs {healthy:.2f}")
-    print("Delay in probes after the gate passed 10 %: median / 90th percentile\n")
-    print(line("shipped", judged, shipped))
+    plain = next(iter(RECIPES))
+    tuning = collected(TUNING_SEEDS, [plain], TUNING_KINDS, given.folder, given.stored)
+    runs = collected(given.seeds, given.recipes, given.kinds, given.folder, given.stored)
+    header = (
+        "| {} | runs | precision | recall | delay in probes, median / p90 | false flags |\n"
+        + "|---" * 6
+        + "|"
+    )
+    print(
+        f"Tuning seeds {TUNING_SEEDS} ({len(tuning)} runs), reporting seeds {sorted({r.seed for r in runs})}\n"
+    )
+    print(header.format("detector"))
+    print(line("shipped", runs, shipped))
     for name, (setting, method) in tuned(tuning).items():
-        print(line(name, judged, lambda run, method=method: method(run.importance)), f" [{setting}]")
-    print("\nShipped detector by kind")
-    for kind in DYING + LOOKALIKES:
-        print("  " + line(kind, [run for run in runs if run.kind == kind], shipped))
-    report_names(runs)
-    report_ablation(runs)
-    report_blind(runs)
-    spread = spread_of_shares(REPORT_SEEDS[0], data)
-    print("\nCoefficient of variation of shares between disjoint probe batches:", end=" ")
-    print(", ".join(f"{size} images {value:.3f}" for size, value in spread.items()))
-    print(f"{time.monotonic() - start:.0f} s in total")
+        of_signals = lambda run, method=method: method(run.signals["importance"])  # noqa: E731
+        print(line(f"{name}, {setting}", runs, of_signals))
+    print("\n" + header.format("recipe, shipped detector"))
+    for name in given.recipes:
+        of_recipe = [run for run in runs if run.recipe == name]
+        accuracy = np.mean([run.signals["accuracy"] for run in of_recipe]) if of_recipe else np.nan
+        print(line(f"{name} (accuracy {accuracy:.2f})", of_recipe, shipped))
+    print("\n" + header.format("kind, shipped detector"))
+    for kind in given.kinds:
+        print(line(kind, [run for run in runs if run.kind == kind], shipped))
+    print("\nLook-alikes, named rightly of expected, and every event but `collapsed`:")
+    for kind in given.kinds:
+        of_kind = [run for run in runs if run.kind == kind]
+        right, expected = np.sum([(0, 0), *map(named_rightly, of_kind)], axis=0)
+        others = Counter(e.kind for run in of_kind for e in events_of(run.signals) if e.kind != "collapsed")
+        print(f"  {kind}: {right} of {expected}; {dict(others)}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import timm
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gmar_lightning import gmar
+from gmar_lightning.explain.rollout import Rollout
 from tests.helpers.reference import reference
 
 MIB = 2**20
@@ -61,18 +62,37 @@ def operations(run: Callable[[], object]) -> int:
 
 
 def operation_row(name: str, size: int, beside: bool = True) -> dict[str, float]:
-    """Cost of one image in forward passes: L1, L2, and (`beside` them) the materialised reference."""
-    model, image = vit(name, size), torch.randn(1, 3, size, size)
+    """Cost of one image in forward passes.
+
+    L1, L2, what a probe asks for (all forms, signals, head maps) and, `beside` them, the materialised reference.
+    """
+    return _in_forwards(_counted(name, size, beside))
+
+
+def operation_row_by_depth(name: str, size: int, depth: int = 12) -> dict[str, float]:
+    """As `operation_row`, from models of two and three layers: every layer between the outer two costs the same."""
+    two, three = (_counted(name, size, False, depth=layers) for layers in (2, 3))
+    return _in_forwards({what: two[what] + (depth - 2) * (three[what] - two[what]) for what in two})
+
+
+def _counted(name: str, size: int, beside: bool, **options: int) -> dict[str, int]:
+    model, image = vit(name, size, **options), torch.randn(1, 3, size, size)
     with torch.no_grad():
-        forward = operations(lambda: model(image))
+        counted = {"forward": operations(lambda: model(image))}
     gmar(model, image)  # the first call looks at the model once; later ones do not
-    row = {
-        norm: operations(functools.partial(gmar, model, image, norm=norm)) / forward for norm in ("l1", "l2")
-    }
+    for norm in ("l1", "l2"):
+        counted[norm] = operations(functools.partial(gmar, model, image, norm=norm))
+    counted["probe"] = operations(
+        lambda: gmar(model, image, rollout=get_args(Rollout), signals=True, head_maps=True)
+    )
     if beside:
         grid = (size // 16, size // 16)
-        row["reference"] = operations(lambda: reference(model, image, grid=grid)) / forward
-    return row
+        counted["reference"] = operations(lambda: reference(model, image, grid=grid))
+    return counted
+
+
+def _in_forwards(counted: dict[str, int]) -> dict[str, float]:
+    return {what: count / counted["forward"] for what, count in counted.items() if what != "forward"}
 
 
 def explain(method: str, model: nn.Module, images: Tensor) -> None:

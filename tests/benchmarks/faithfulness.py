@@ -21,7 +21,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from gmar_lightning.training.weights import load_weights
-from tests.benchmarks.scoring import collect, method_maps, score, table
+from tests.benchmarks.scoring import collect, method_maps, sanity, score, table
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
@@ -30,7 +30,9 @@ def parser():
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_model_arguments(parse)
     parse.add_argument("--attention", action="store_true", help="hide tokens from attention, not pixels")
-    parse.add_argument("--steps", type=int, default=4, help="parts of insertion and deletion")
+    parse.add_argument(
+        "--steps", type=int, default=4, help="parts of insertion and deletion; 0: by masks and sanity"
+    )
     parse.add_argument("--groups", type=int, default=5, help="groups of SaCo; 0 leaves it out")
     parse.add_argument("--save", type=Path, help="per-image scores as JSON; continued when it exists")
     return parse
@@ -144,6 +146,7 @@ def main():
         part = masks[rows] if masks is not None else None
         options = {"steps": args.steps, "groups": args.groups, "attention": args.attention, "masks": part}
         collect(scores, score(model, images[rows], targets, maps, **options))
+        collect(scores, sanity(model, images[rows], targets, maps))
         if args.save:
             args.save.write_text(json.dumps({"scores": scores, "right": right, "done": start + len(targets)}))
     removal = (

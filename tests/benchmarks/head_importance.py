@@ -3,10 +3,12 @@
     python -m tests.benchmarks.head_importance --model vit_small_patch14_dinov2.lvd142m --weights FILE \
         --images DIR --size 140 --limit 78 --probe 30
 
-Arguments as for `tests.benchmarks.faithfulness`. The truth is what happens when a head's output is set to zero: the
-mean absolute change of the label's logit and of the loss over the first `--probe` validation images. The other
-images are held out for the pruning curves: accuracy after the heads with the lowest scores are removed. Cost: one
-forward per head and probe image, and one per held-out image and point of a curve. Prints Markdown.
+Arguments as for `tests.benchmarks.faithfulness`. The truth is what happens when a head's output is set to zero, or to
+its mean over the images of a batch: the mean absolute change of the label's logit and of the loss over the first
+`--probe` validation images. The other images are held out for the pruning curves: accuracy after the heads with the
+lowest scores are removed. With `--stages 0 30 60` the model is fine-tuned as a whole, and the correlations are
+printed after so many steps, without the curves. Cost: two forwards per head and probe image, and one per held-out
+image and point of a curve. Prints Markdown.
 """
 
 import argparse
@@ -17,14 +19,16 @@ import torch
 from scipy.stats import spearmanr
 from torch.nn import functional
 
-from gmar_lightning.explain.ablation import ablate_heads
+from gmar_lightning.explain.ablation import ablate_heads, head_outputs
 from gmar_lightning.explain.attention import record_attention
 from gmar_lightning.explain.gmar import gmar
 from gmar_lightning.explain.isolation import undisturbed
-from tests.benchmarks.faithfulness import add_model_arguments, prepared
+from tests.benchmarks.faithfulness import add_model_arguments, load, prepared, split
+from tests.benchmarks.fine_tunes import fine_tune
 
-PRUNED_BY = ("GMAR L1, raw", "GMAR L1, share", "gate gradient of the loss", "output magnitude")
+PRUNED_BY = ("GMAR L1, raw", "GMAR L1, share", "contribution to the loss", "output norm")
 RANDOM_ORDERS = 3
+METHODS = ("zero", "mean")
 
 
 def parser():
@@ -34,6 +38,8 @@ def parser():
     parse.add_argument(
         "--removed", type=float, nargs="*", default=[0.1, 0.2, 0.3, 0.4, 0.5], help="shares of all heads"
     )
+    parse.add_argument("--stages", type=int, nargs="*", help="steps of a fine-tune after which to measure")
+    parse.add_argument("--rate", type=float, default=3e-5, help="learning rate of the fine-tune")
     return parse
 
 
@@ -69,21 +75,27 @@ def head_scores(model, images, labels):
         "GMAR L2, raw": l2.importance,
         "GMAR L1, share": l1.head_weights,
         "GMAR L2, share": l2.head_weights,
-        "gate gradient of the logit": gate_logit,
-        "gate gradient of the loss": gate_loss,
-        "output magnitude": magnitude,
+        "contribution": gate_logit,
+        "contribution to the loss": gate_loss,
+        "output norm": magnitude,
     }
 
 
 def ablation_effects(model, images, labels, shape):
-    """Absolute change of logit and loss without each head, `(batch, layers, heads)` each."""
+    """Absolute change of logit and loss without each head, `(batch, layers, heads)` by what is changed and how."""
     with torch.no_grad():
         logits = model(images)
-    effects = torch.zeros(2, len(images), *shape)
-    for layer, head in np.ndindex(*shape):
-        found = ablate_heads(model, images, labels, heads=[(layer, head)], logits=logits)
-        effects[:, :, layer, head] = torch.stack([found.logit_change, found.loss_change]).abs()
-    return {"logit": effects[0], "loss": effects[1]}
+    places = list(np.ndindex(*shape))
+    means = {at: output.mean(0) for at, output in head_outputs(model, images, heads=places).items()}
+    effects = {
+        f"{what}, {how}": torch.zeros(len(images), *shape) for what in ("logit", "loss") for how in METHODS
+    }
+    for at in places:
+        for how in METHODS:
+            found = ablate_heads(model, images, labels, heads=[at], logits=logits, method=how, means=means)
+            effects[f"logit, {how}"][:, *at] = found.logit_change.abs()
+            effects[f"loss, {how}"][:, *at] = found.loss_change.abs()
+    return effects
 
 
 def measure(model, images, labels, batch):
@@ -158,19 +170,37 @@ def pruning_table(model, images, labels, scores, args):
     return "\n".join(lines)
 
 
+def stages(model, images, labels, args):
+    """Print the correlations at several points of a fine-tune on the training split."""
+    files, _, _ = split(args.images)
+    mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    train = load([f for f, _ in files], args.size, mean, std), torch.tensor([label for _, label in files])
+    torch.manual_seed(0)
+    for step, now in enumerate(fine_tune(model, *train, max(args.stages) + 1, args.rate, seed=0)):
+        if step in args.stages:
+            with torch.no_grad():
+                right = torch.cat([now(x).argmax(-1) for x in images.split(args.batch)]) == labels
+            scores, effects = measure(now, images[: args.probe], labels[: args.probe], args.batch)
+            print(f"\nAfter {step} steps, accuracy {right.float().mean():.2f} on {len(labels)} images:\n")
+            print(correlation_table(scores, effects), flush=True)
+
+
 def main():
     args = parser().parse_args()
     model, images, labels, _, classes = prepared(args)
     started = time.time()
+    if args.stages:
+        stages(model, images, labels, args)
+        return
     scores, effects = measure(model, images[: args.probe], labels[: args.probe], args.batch)
-    layers, heads = effects["logit"].shape
+    layers, heads = effects["logit, zero"].shape
     print(f"{args.model} at {args.size} px, {layers} x {heads} heads, {len(classes)} classes")
     print(
         f"Spearman correlation with the effect of ablation, {args.probe} images, {time.time() - started:.0f} s\n"
     )
     print(correlation_table(scores, effects))
     print("\nWithin each layer, with the change of the logit:\n")
-    print(layer_table(scores, effects["logit"]))
+    print(layer_table(scores, effects["logit, zero"]))
     held_out = images[args.probe :], labels[args.probe :]
     if len(held_out[0]):
         print(

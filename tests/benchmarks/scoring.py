@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gmar_lightning.explain.explained import runner_up
 from gmar_lightning.explain.faithfulness import (
     probability_area,
     relative_drop,
@@ -16,6 +17,7 @@ from gmar_lightning.explain.faithfulness import (
 from gmar_lightning.explain.gmar import gmar
 from gmar_lightning.explain.localisation import energy_in_mask, pointing_game
 from gmar_lightning.explain.perturbation import perturbing
+from gmar_lightning.explain.sanity import rank_correlation, shuffled_top_block
 
 METHODS = {
     "last-layer attention": {"norm": "uniform", "rollout": "last_layer"},
@@ -33,7 +35,10 @@ Scores = dict[str, dict[str, list[float]]]  # method -> metric -> one value per 
 
 def method_maps(model, images, targets, methods=METHODS):
     """Heatmaps of every method, `(batch, grid_h, grid_w)` each, random and centre prior first."""
-    drawn = {name: gmar(model, images, targets, **form).heatmaps for name, form in methods.items()}
+    norms = {form["norm"] for form in methods.values()}
+    forms = sorted({form["rollout"] for form in methods.values()})
+    found = {norm: gmar(model, images, targets, norm=norm, rollout=forms).maps for norm in norms}
+    drawn = {name: found[form["norm"]][form["rollout"]] for name, form in methods.items()}
     shape = next(iter(drawn.values())).shape
     # The seed is the images' content, so that no image meets the same noise as another and runs repeat.
     seed = int(images.double().abs().sum() * 1000) % 2**31
@@ -78,6 +83,27 @@ def score(model, images, targets, maps, *, steps, groups, attention, masks=None)
             found[name]["energy"] = energy_in_mask(drawn, masks)
             found[name]["pointing"] = pointing_game(drawn, masks)
     return found
+
+
+def sanity(model, images, targets, maps):
+    """Rank correlation of each method's map with its map of another class, and of another model; 1 is blind to it.
+
+    `class` explains the runner-up class instead, `weights` the same class after every tensor of the top block was
+    shuffled (`gmar_lightning.explain.sanity`). `{method: {metric: values (batch,)}}`.
+    """
+    with torch.no_grad():
+        others = runner_up(model(images), targets)
+    layer = gmar(model, images[:1], targets[:1]).layers[-1]
+    by_class = method_maps(model, images, others)
+    with shuffled_top_block(model, layer):
+        by_weights = method_maps(model, images, targets)
+    return {
+        name: {
+            "class": rank_correlation(drawn, by_class[name]),
+            "weights": rank_correlation(drawn, by_weights[name]),
+        }
+        for name, drawn in maps.items()
+    }
 
 
 def collect(scores: Scores, batch) -> None:
