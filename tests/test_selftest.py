@@ -213,8 +213,9 @@ def test_a_large_tensor_that_is_no_buffer(tmp_path: Path) -> None:
             self.register_buffer("bank", bank, persistent=False) if buffer else vars(self).update(bank=bank)
 
         def forward(self, images: Tensor) -> Tensor:
-            self.bank += 1
-            return self.net(images) + 1e-3 * self.bank[0]
+            bank: Any = self.bank
+            bank += 1
+            return self.net(images) + 1e-3 * bank[0]
 
     for buffer, mode in ((False, "by copy"), (True, "restored")):
         same, _, (records, _) = trained(

@@ -24,7 +24,7 @@ from gmar_lightning.monitor.live import FAITHFULNESS, SANITY, measure_faithfulne
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.processes import gathered, on_every_process, refused
 from gmar_lightning.monitor.record import ProbeRecord
-from gmar_lightning.monitor.say import SayOnce
+from gmar_lightning.monitor.say import SayOnce, without_folders
 from gmar_lightning.monitor.settings import ProbeSettings
 
 # So many failures in a row, and no more probes are taken: what fails three times fails always.
@@ -136,7 +136,7 @@ class Prober:
             if self._on_error == "raise" or (first and refused(error)):
                 raise
             self._note_failure(error, moment.step)
-            record = replace(record, failure=f"{type(error).__name__}: {error}")
+            record = replace(record, failure=without_folders(f"{type(error).__name__}: {error}"))
         else:
             self._failed_in_a_row = 0
         return replace(record, seconds=time.monotonic() - started)
@@ -179,7 +179,7 @@ class Prober:
                 raise
             self.taken += 1
             self._note_failure(error, moment.step)
-            return replace(record, failure=f"{type(error).__name__}: {error}")
+            return replace(record, failure=without_folders(f"{type(error).__name__}: {error}"))
         self.taken, self._failed_in_a_row = self.taken + 1, 0
         return replace(
             record,

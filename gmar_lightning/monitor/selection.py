@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gmar_lightning.monitor.photographs import read_photograph
 from gmar_lightning.monitor.probe import ProbeBatch
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -176,8 +177,7 @@ def _taking_turns(files: Sequence[tuple[Path, str | None]]) -> list[tuple[Path, 
 
 def _prepared(path: Path, prepare: Callable[[Image.Image], Tensor]) -> Tensor:
     try:
-        with Image.open(path) as photograph:
-            return prepare(photograph.convert("RGB"))
+        return prepare(read_photograph(path))
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as an image ({error})") from error
 
