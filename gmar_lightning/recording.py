@@ -20,6 +20,7 @@ from gmar_lightning.monitor.runfile import OtherModelError, run_of_other_model
 from gmar_lightning.monitor.say import SayOnce
 from gmar_lightning.monitor.schedule import Every
 from gmar_lightning.monitor.settings import ProbeSettings
+from gmar_lightning.show.console import opening_line
 from gmar_lightning.show.publisher import Display, Publisher
 from gmar_lightning.trainer import class_names_of, logged_metrics, photographs, planned_probes
 from gmar_lightning.version import __version__
@@ -183,16 +184,15 @@ class Recording:
         segment, first, last = (0, None, None) if ends is None else ends
         return segment, DriftTracker(first, last)
 
-    def add(self, record: ProbeRecord) -> None:
-        """Store a probe and show it."""
+    def add(self, record: ProbeRecord, show: Callable[[str], None]) -> None:
+        """Store a probe and show it; of the first one, `show` prints what was seen of the model."""
         self._closed = False  # a second `fit` of the same trainer goes on with the record
-        publisher = self.publisher
-        if self.history is not None and publisher is not None:
+        if self.history is not None and self.publisher is not None:
             self._tolerance.run("the record", lambda: self._store(record), record.step)
-            # Another one, perhaps, than before.
-            self._tolerance.run(
-                "the display", lambda: self.publisher and self.publisher.show(record), record.step
-            )
+            if record.classes:
+                show(opening_line(self.history.run))
+            publisher = self.publisher  # another one, perhaps, than before
+            self._tolerance.run("the display", lambda: publisher.show(record), record.step)
 
     def alert(self, title: str, text: str) -> None:
         """Send one alert to every logger that knows alerts."""
