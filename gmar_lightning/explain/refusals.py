@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from gmar_lightning.explain.attention import AttentionCall, Recording
-from gmar_lightning.explain.errors import NoPictureError, UnsupportedModelError
+from gmar_lightning.explain.errors import CutOffError, NoPictureError, UnsupportedModelError
 
 
 def check_visible(found: Recording) -> None:
@@ -23,7 +23,7 @@ def check_visible(found: Recording) -> None:
     if hand:
         raise UnsupportedModelError(by_hand(hand))
     if not found.calls and found.aside:
-        raise UnsupportedModelError(under_no_grad(found.aside))
+        raise CutOffError(under_no_grad(found.aside))
     if not found.calls:
         quiet = f" {_listed(trace.silent)} ran without calling it." if trace.silent else ""
         raise UnsupportedModelError(
@@ -74,7 +74,7 @@ def check_reached(calls: Sequence[AttentionCall], grads: Sequence[Tensor | None]
     """
     missed = [f"{call.name} ({call.owner})" for call, grad in zip(calls, grads, strict=True) if grad is None]
     if missed:
-        raise UnsupportedModelError(
+        raise CutOffError(
             f"{_listed(missed)} runs, but the logits do not depend on it: the classifier reads an earlier layer, "
             "or the result is detached. Take layers that are not read out of the model."
         )
@@ -142,7 +142,7 @@ def _check_kind(call: AttentionCall) -> None:
             "over the image, or branches of different length. Name one classifier, head included, with module=."
         )
     if not call.output.requires_grad:
-        raise UnsupportedModelError(under_no_grad([call]))
+        raise CutOffError(under_no_grad([call]))
 
 
 def _check_sequence(calls: list[AttentionCall]) -> None:
