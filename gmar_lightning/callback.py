@@ -141,8 +141,7 @@ class GMARCallback(Callback):
             check_step_read(read, goal, probe_batch=probe_batch, probe_images=probe_images, residual=residual)
             check_target(goal, given[path])
         self.num_images, self.module, self.target = num_images, module, target
-        self.norm: Norm = norm
-        self.rollout: Rollout = rollout
+        self.norm, self.rollout = norm, rollout
         self.on_collapse: Literal["warn", "alert", "stop"] | Callable[..., None] = on_collapse
         self.on_error: Literal["warn", "raise"] = on_error
         self.read: Source = read

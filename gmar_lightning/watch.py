@@ -25,7 +25,8 @@ from gmar_lightning.monitor.say import SayOnce
 from gmar_lightning.monitor.schedule import Adaptive, Every, repeats
 from gmar_lightning.monitor.settings import ProbeSettings
 from gmar_lightning.probe_taker import ProbeTaker
-from gmar_lightning.recording import Reaction, Recording, Showing, Tolerance, described
+from gmar_lightning.reaction import Reaction
+from gmar_lightning.recording import Recording, Showing, Tolerance, described
 from gmar_lightning.run_state import RunState, continuable
 from gmar_lightning.show import keys
 from gmar_lightning.show.dashboard import as_metrics
@@ -97,10 +98,10 @@ class Watch:
         self.prober = Prober(self.settings, detector=fresh, on_error=plan.on_error, say=self.say)
         self._taker = ProbeTaker(self.prober, self.given, plan.choice, plan.verify, self.say)
         self._tolerance = Tolerance(plan.on_error, self.say)
-        self._reaction = Reaction(plan.on_collapse, self.path)
+        self._reaction = Reaction(plan.on_collapse, self._tolerance, self.path)
         self.recording = Recording(self._tolerance)
         self.steps = StepWatch(self.schedule, self.prober) if plan.read == "step" else None
-        self._state = RunState()
+        self._state = RunState(asked=None if plan.save_dir is None else str(plan.save_dir))
         self._fit_started, self._trainer = time.monotonic(), 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,7 +109,7 @@ class Watch:
         return {
             **self._state.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "session": self.prober.state_dict(),
+            **self._taker.state_dict(),
             "read": self.plan.read,
         }
 
@@ -124,8 +125,8 @@ class Watch:
             self._begin_run()
         if restored is not None:
             self.schedule.load_state_dict(restored["schedule"])
-            self.prober.load_state_dict(restored["session"])
-            self._state = RunState.from_checkpoint(restored)
+            self._taker.load_state_dict(restored)
+            self._state = RunState.from_checkpoint(restored, self._state.asked)
         self._trainer, self._fit_started = id(trainer), time.monotonic()
         began, by_step = self._state.last_probe is None, self.schedule.unit == "step"
         if began:
@@ -179,7 +180,7 @@ class Watch:
         resumed: bool,
     ) -> None:
         state, changed = self._state, self._state.has_other_images(probe, self.say)
-        if self.plan.save_dir is not None or state.folder is None:
+        if state.folder is None:
             state.folder = str(Path(self.plan.save_dir or default_folder(trainer, callback), self.path or ""))
         if self.recording.is_open and not changed:
             return
@@ -197,6 +198,7 @@ class Watch:
             tolerance=self._tolerance,
             path=self.path,
         )
+        state.folder = self.recording.folder or state.folder
         if probe is not None:
             self.prober.begin(probe, *self.recording.seam(self.settings.rollout))
 
@@ -225,13 +227,14 @@ class Watch:
             rank_zero_info(f"GMARCallback: {chosen}")
             self.recording.plan(trainer, self.schedule)
 
-    def _keep(self, trainer: Trainer, pl_module: LightningModule, record: ProbeRecord) -> None:
+    def _keep(self, trainer: Trainer, pl_module: LightningModule, record: ProbeRecord | None) -> None:
+        if record is None:
+            return
         if record.failure is None:
             numbers = as_metrics(record).items()
             trainer.callback_metrics.update({keys.under(self.path, name): value for name, value in numbers})
         self.recording.add(record, trainer.print)
-        react = functools.partial(self._reaction.to, trainer, pl_module, record.events, self.recording.alert)
-        self._tolerance.run("on_collapse", react, record.step)
+        self._reaction.to(trainer, pl_module, record, self.recording.alert)
 
     def close(self, trainer: Trainer) -> None:
         """Write the report, once, and say what the run was."""

@@ -11,3 +11,11 @@ class NoPictureError(UnsupportedModelError):
 
 class WrongModuleError(UnsupportedModelError):
     """The module that was asked for is not the one to explain; one inside it may be."""
+
+
+class CutOffError(UnsupportedModelError):
+    """The forward cuts the gradient of its attention off, which is right for the training of a linear probe."""
+
+
+class LiveIteratorError(UnsupportedModelError):
+    """The forward draws from something that can be neither rewound nor copied, so a probe would change the run."""

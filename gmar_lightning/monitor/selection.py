@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gmar_lightning.explain.inputs import logits_of
 from gmar_lightning.explain.output import kind_of, loss_of, predicted
+from gmar_lightning.monitor.photographs import read_photograph
 from gmar_lightning.monitor.probe import ProbeBatch
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -177,8 +178,7 @@ def _taking_turns(files: Sequence[tuple[Path, str | None]]) -> list[tuple[Path, 
 
 def _prepared(path: Path, prepare: Callable[[Image.Image], Tensor]) -> Tensor:
     try:
-        with Image.open(path) as photograph:
-            return prepare(photograph.convert("RGB"))
+        return prepare(read_photograph(path))
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as an image ({error})") from error
 
