@@ -12,6 +12,7 @@ from gmar_lightning.explain.inputs import classifier_of
 from gmar_lightning.explain.rollout import Rollout, forms_of
 from gmar_lightning.monitor.batches import masks_of, unpack_batch
 from gmar_lightning.monitor.probe import ProbeBatch
+from gmar_lightning.monitor.schedule import Adaptive, Every
 from gmar_lightning.monitor.selection import checked_choice
 
 
@@ -24,6 +25,29 @@ def check_counts(**counts: Any) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigurationError(f"{name} must be a whole number >= 1, got {value!r}")
+
+
+def given_schedule(steps: Any, epochs: Any, read: Any) -> Every:
+    """When to probe: after so many steps (100 when nothing is given) or epochs, or as often as time allows."""
+    check_choice("read", read, ("probe", "step"))
+    if isinstance(steps, str):
+        check_choice("every_n_train_steps", steps, ("auto",), "or a number of steps")
+        if epochs is not None or read == "step":
+            raise ConfigurationError(
+                'every_n_train_steps="auto" takes neither every_n_epochs nor read="step"'
+            )
+        return Adaptive()
+    if read == "step" and epochs is not None:
+        raise ConfigurationError('read="step" reads training steps: give every_n_train_steps')
+    return Every(steps=100 if steps is None and epochs is None else steps, epochs=epochs)
+
+
+def check_step_read(read: str, target: Any, **of_probes: Any) -> None:
+    """Refuse, where steps are read, what only a probe can answer to."""
+    of_probes["target"] = None if target == "predicted" else target
+    given = [name for name, value in of_probes.items() if value is not None]
+    if read == "step" and given:
+        raise ConfigurationError(f'{given[0]} is of probes, and read="step" takes none: leave it out')
 
 
 def check_faithfulness_every(value: Any) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from gmar_lightning.arguments import (
     ConfigurationError,
@@ -23,34 +22,32 @@ from gmar_lightning.arguments import (
     check_fit,
     check_module,
     check_reactions,
+    check_step_read,
     check_target,
     given_choice,
     given_probe,
+    given_schedule,
 )
-from gmar_lightning.chosen import Choice, chosen_probe, indices_of
+from gmar_lightning.chosen import Choice
 from gmar_lightning.explain.gmar import check_form
 from gmar_lightning.explain.importance import Norm
 from gmar_lightning.explain.rollout import Rollout
 from gmar_lightning.monitor.collapse import CollapseDetector
 from gmar_lightning.monitor.probe import ProbeBatch
-from gmar_lightning.monitor.probing import Moment, Prober
+from gmar_lightning.monitor.probing import Prober
+from gmar_lightning.monitor.record import ProbeRecord, Source
 from gmar_lightning.monitor.say import SayOnce
-from gmar_lightning.monitor.schedule import Every, repeats
-from gmar_lightning.monitor.selftest import SelfTest
+from gmar_lightning.monitor.schedule import repeats
 from gmar_lightning.monitor.settings import ProbeSettings, Target
+from gmar_lightning.probe_taker import ProbeTaker
 from gmar_lightning.recording import Reaction, Recording, Showing, Tolerance, described
+from gmar_lightning.run_state import RunState, continuable
 from gmar_lightning.show.dashboard import as_metrics
+from gmar_lightning.step_watch import StepWatch, stop_watching
 from gmar_lightning.trainer import (
-    callable_model,
     default_folder,
-    draw_images,
-    ends_here,
     is_smoke_test,
     log_position,
-    logged_metrics,
-    not_state,
-    silenced,
-    state_of_run,
     state_of_same_run,
 )
 
@@ -66,7 +63,8 @@ class GMARCallback(Callback):
     `trainer.callback_metrics` too, for other callbacks to monitor.
 
     Args:
-        every_n_train_steps: Probe after each so many optimizer steps; 100 when neither interval is given.
+        every_n_train_steps: Probe after each so many optimizer steps, 100 when neither interval is given; "auto"
+            keeps probes under 1 % of the time, the first and the last on top, and says which interval that is.
         every_n_epochs: Probe after each so many epochs, instead.
         num_images: Probe size, drawn class-balanced from the validation set, fixed for the run.
         num_heatmaps: How many of them are drawn.
@@ -85,8 +83,8 @@ class GMARCallback(Callback):
             callable `(trainer, pl_module, events)`, called on every process.
         confirm: Measure by ablation what newly flagged heads still contribute: five forwards over the probe
             images, and four with their backwards, at probes that flag, none at others.
-        faithfulness_every: When four maps are tested (`show.keys`; about 29 forwards, and two with their backwards,
-            per image): "ends" at the first and the last probe, a number after each so many more, None never.
+        faithfulness_every: When the maps are tested (`show.keys`; about 125 forwards, and a backward of the probe):
+            "ends" at the first and the last probe, a number after each so many more, None never.
         on_error: "warn" lets training go on after a failed probe, "raise" does not.
         mean: Channel means for display; found where possible, as `std` and `class_names`.
         std: Channel standard deviations for display.
@@ -95,6 +93,9 @@ class GMARCallback(Callback):
         max_events: Pictures of at most so many probes are logged; scalars always are.
         save_dir: Local record; `<trainer log dir>/gmar` when None.
         verify: Whether the first probe also copies the weights, to see whether the forward writes them.
+        read: "probe", or "step": no probes; L2 importance and contribution of each head are read off the training
+            steps that are due, of the loss on the training batch, without a forward or a picture of their own. Logged
+            as `gmar_step/...`, as they are not comparable with a probe's.
 
     Raises:
         ConfigurationError: For arguments that do not fit, with what to change.
@@ -102,7 +103,7 @@ class GMARCallback(Callback):
 
     def __init__(
         self,
-        every_n_train_steps: int | None = None,
+        every_n_train_steps: int | Literal["auto"] | None = None,
         every_n_epochs: int | None = None,
         num_images: int = 32,
         num_heatmaps: int = 8,
@@ -127,11 +128,11 @@ class GMARCallback(Callback):
         probe_images: str | os.PathLike[str] | Sequence[int] | None = None,
         verify: bool = True,
         log_rollouts: Sequence[Rollout] = (),
+        read: Source = "probe",
     ) -> None:
         super().__init__()
-        steps = 100 if every_n_train_steps is None and every_n_epochs is None else every_n_train_steps
         try:
-            self._schedule = Every(steps=steps, epochs=every_n_epochs)
+            self._schedule = given_schedule(every_n_train_steps, every_n_epochs, read)
             check_form(norm, rollout, residual, micro_batch_size)
             self._given = given_probe(probe_batch)
             self._choice: Choice | None = given_choice(probe_images, probe_batch)
@@ -141,6 +142,8 @@ class GMARCallback(Callback):
         check_counts(num_images=num_images, num_heatmaps=num_heatmaps, max_events=max_events)
         check_faithfulness_every(faithfulness_every)
         check_reactions(on_error, on_collapse)
+        check_step_read(read, target, probe_batch=probe_batch, probe_images=probe_images, residual=residual)
+        self.read: Source = read
         check_target(target, self._given)
         self.num_images, self.module, self.target = num_images, module, target
         self.norm: Norm = norm
@@ -167,17 +170,15 @@ class GMARCallback(Callback):
     def _begin_run(self) -> None:
         self._schedule.reset()
         self._say = SayOnce(rank_zero_warn)
-        self._selftest = SelfTest(self.verify, self._say)
         fresh = copy.deepcopy(self._fresh_detector)
         self._prober = Prober(self._settings, detector=fresh, on_error=self.on_error, say=self._say)
+        self._taker = ProbeTaker(self._prober, self._given, self._choice, self.verify, self._say)
         self._tolerance = Tolerance(self.on_error, self._say)
         self._reaction = Reaction(self.on_collapse)
         self._recording = Recording(self._tolerance)
-        self._last_probe: tuple[int, int] | None = None  # (optimizer steps, logger's x)
-        self._probe_seconds, self._fit_started, self._trainer = 0.0, time.monotonic(), 0
-        self._folder: str | None = None
-        self._fingerprint: str | None = None
-        self._indices: list[int] | None = None
+        self._steps = StepWatch(self._schedule, self._prober) if self.read == "step" else None
+        self._state = RunState()
+        self._fit_started, self._trainer = time.monotonic(), 0
 
     @property
     def detector(self) -> CollapseDetector | None:
@@ -189,12 +190,13 @@ class GMARCallback(Callback):
         """Tells apart several callbacks in one trainer."""
         return self._generate_state_key(
             unit=self._schedule.unit,
-            interval=self._schedule.interval,
+            interval=self._schedule.interval if self._schedule.fixed else "auto",
             num_images=self.num_images,
             module=self.module,
             target=str(self.target) if callable(self.target) else self.target,
             norm=self.norm,
             rollout=self.rollout,
+            **({"read": "step"} if self.read == "step" else {}),  # older checkpoints know no other
             save_dir=None if self.save_dir is None else str(self.save_dir),
         )
 
@@ -210,28 +212,42 @@ class GMARCallback(Callback):
         if restored is not None or trainer.global_step == 0 or self._trainer != id(trainer):
             self._begin_run()
         if restored is not None:
-            self._continue_from(restored)
+            self._schedule.load_state_dict(restored["schedule"])
+            self._prober.load_state_dict(restored["session"])
+            self._state = RunState.from_checkpoint(restored)
         self._trainer, self._fit_started = id(trainer), time.monotonic()
-        context = trainer.precision_plugin.forward_context  # of this trainer, one of several perhaps
-        self._prober.settings = dataclasses.replace(self._prober.settings, precision=context)
-        given = self._given
-        if self._choice is not None:
-            names, which = self._showing.class_names, self._indices or self._choice
-            given = chosen_probe(trainer, pl_module, which, self.num_images, self.module, names, self._say)
-            self._indices = indices_of(self._choice, given)
-        needs_labels = self.target == "label"
-        probe = draw_images(trainer, pl_module, given, self.num_images, needs_labels, self._say)
-        self._open_record(trainer, pl_module, probe, resumed=restored is not None)
-        if self._last_probe is None:
-            started_at = trainer.global_step if self._schedule.unit == "step" else trainer.current_epoch
-            self._schedule.reset(started_at)
-            self._run_probe(trainer, pl_module, log_position(trainer), first=True)
+        began, by_step = self._state.last_probe is None, self._schedule.unit == "step"
+        if began:
+            self._schedule.reset(trainer.global_step if by_step else trainer.current_epoch)
+        if self._steps is not None:
+            self._steps.begin(pl_module, self.module, first=began)
+            self._open_record(trainer, pl_module, None, resumed=restored is not None)
+        else:
+            names, known = self._showing.class_names, self._state.indices
+            probe, self._state.indices = self._taker.draw(trainer, pl_module, self.num_images, names, known)
+            self._open_record(trainer, pl_module, probe, resumed=restored is not None)
+            if began:
+                self._run_probe(trainer, pl_module, log_position(trainer), first=True)
+        self._schedule.begin(trainer.global_step, time.monotonic())
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        """With `read="step"`: watch the batch if its step may be due."""
+        if self._steps is not None:
+            self._steps.before(trainer, pl_module)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """With `read="step"`: the batch was seen whole; what other callbacks run from here on is none of it."""
+        if self._steps is not None and pl_module.automatic_optimization:
+            self._steps.stop()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Probe when the step count has crossed a multiple of the interval."""
-        if self._schedule.unit == "step" and self._schedule.due(trainer.global_step):
+        if self._steps is not None:
+            record = self._steps.after(trainer)
+            if record is not None:
+                self._state.last_probe = (record.global_step, record.step)
+                self._keep(trainer, pl_module, record)
+        elif self._schedule.unit == "step" and self._schedule.due(trainer.global_step):
             self._run_probe(trainer, pl_module, log_position(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -240,14 +256,14 @@ class GMARCallback(Callback):
             self._run_probe(trainer, pl_module, log_position(trainer, ended=True))
         elif self._schedule.unit == "step" and trainer.global_step == 0:
             self._say(
-                "GMARCallback: an epoch went by and Lightning counted no optimizer step; use every_n_epochs"
+                "GMARCallback: in a whole epoch Lightning counted no optimizer step; use every_n_epochs"
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe the trained model, write the report, and say what the run was."""
-        position = log_position(trainer, ended=True)
-        if self._last_probe is not None and self._last_probe[0] != trainer.global_step:
-            position = max(position, self._last_probe[1] + 1)
+        position, before = log_position(trainer, ended=True), self._state.last_probe
+        if before is not None and before[0] != trainer.global_step:
+            position = max(position, before[1] + 1)
         self._run_probe(trainer, pl_module, position, ended=True)
         self._close(trainer)
 
@@ -258,13 +274,10 @@ class GMARCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain values."""
         return {
+            **self._state.state_dict(),
             "schedule": self._schedule.state_dict(),
-            "last_probe": list(self._last_probe or ()),
             "session": self._prober.state_dict(),
-            "fingerprint": self._fingerprint,
-            "folder": self._folder,
-            "probe_images": self._indices,
-            "probe_seconds": self._probe_seconds,
+            "read": self.read,
         }
 
     def on_load_checkpoint(
@@ -276,29 +289,15 @@ class GMARCallback(Callback):
             self.load_state_dict(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue a run when training starts; tuners restore states from before the first probe: nothing to do."""
-        self._restored = dict(state_dict) if state_dict["last_probe"] else None
-
-    def _continue_from(self, state: Mapping[str, Any]) -> None:
-        self._schedule.load_state_dict(state["schedule"])
-        self._last_probe = (state["last_probe"][0], state["last_probe"][1])
-        self._prober.load_state_dict(state["session"])
-        self._fingerprint, self._folder = state["fingerprint"], state["folder"]
-        self._indices = state.get("probe_images")  # missing in older checkpoints
-        self._probe_seconds = state["probe_seconds"]
+        """Continue a run when training starts."""
+        self._restored = continuable(state_dict, self.read, self._say)
 
     def _open_record(
-        self, trainer: Trainer, pl_module: LightningModule, probe: ProbeBatch, resumed: bool
+        self, trainer: Trainer, pl_module: LightningModule, probe: ProbeBatch | None, resumed: bool
     ) -> None:
-        changed = self._fingerprint is not None and self._fingerprint != probe.fingerprint
-        if changed:
-            self._say(
-                "GMARCallback: the validation set gives other probe images than before; the record starts a new "
-                "segment"
-            )
-        self._fingerprint = probe.fingerprint
-        self._folder = str(self.save_dir or self._folder or default_folder(trainer, self))
-        if self._prober.probe is not None and not changed:
+        state, changed = self._state, self._state.has_other_images(probe, self._say)
+        state.folder = str(self.save_dir or state.folder or default_folder(trainer, self))
+        if self._recording.is_open and not changed:
             return
         on_disk = self.save_dir is not None or not is_smoke_test(trainer)
         self._recording = Recording.open(
@@ -306,14 +305,15 @@ class GMARCallback(Callback):
             pl_module,
             probe,
             self._showing,
-            folder=Path(self._folder) if on_disk else None,
-            settings=described(self._settings, self._schedule, self.num_images),
+            folder=Path(state.folder) if on_disk else None,
+            settings=described(self._settings, self._schedule, self.num_images, self.read),
             schedule=self._schedule,
             resumed=resumed or changed,
             say=self._say,
             tolerance=self._tolerance,
         )
-        self._prober.begin(probe, *self._recording.seam(self.rollout))
+        if probe is not None:
+            self._prober.begin(probe, *self._recording.seam(self.rollout))
 
     def _run_probe(
         self,
@@ -324,27 +324,27 @@ class GMARCallback(Callback):
         ended: bool = False,
     ) -> None:
         now = (trainer.global_step, step)
-        spent = self._prober.spent or self._selftest.mode == "refused"
-        over = self._prober.probe is None or spent or (is_smoke_test(trainer) and not first)
-        if over or repeats(self._last_probe, now):
+        over = self._taker.spent or (is_smoke_test(trainer) and not first)
+        if over or repeats(self._state.last_probe, now):
             return
-        started, self._last_probe = time.monotonic(), now
-        last = ended or ends_here(trainer)
-        moment = Moment(step, now[0], trainer.current_epoch, logged_metrics(trainer), last)
-        with silenced(trainer, pl_module):
-            record = self._selftest.take(
-                lambda model: self._prober.take(model, moment, first),
-                callable_model(trainer, pl_module),
-                state_of_run(trainer, pl_module),
-                not_state(trainer),
-            )
+        stop_watching(trainer)  # another callback may read this very step, and the probe is none of it
+        started, self._state.last_probe = time.monotonic(), now
+        record = self._taker.take(trainer, pl_module, step, first, ended)
+        self._keep(trainer, pl_module, record)
+        took = time.monotonic() - started
+        self._state.seconds += took
+        if chosen := self._schedule.paid(trainer.global_step, took, started + took):
+            rank_zero_info(f"GMARCallback: {chosen}")
+            self._recording.plan(trainer, self._schedule)
+
+    def _keep(self, trainer: Trainer, pl_module: LightningModule, record: ProbeRecord) -> None:
         if record.failure is None:
             trainer.callback_metrics.update(as_metrics(record))
         self._recording.add(record)
         react = functools.partial(self._reaction.to, trainer, pl_module, record.events, self._recording.alert)
         self._tolerance.run("on_collapse", react, record.step)
-        self._probe_seconds += time.monotonic() - started
 
     def _close(self, trainer: Trainer) -> None:
-        prober, seconds = self._prober, (self._probe_seconds, time.monotonic() - self._fit_started)
+        stop_watching(trainer)
+        prober, seconds = self._prober, (self._state.seconds, time.monotonic() - self._fit_started)
         self._recording.close(trainer, (prober.taken, prober.failed), seconds)

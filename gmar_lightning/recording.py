@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from gmar_lightning.monitor.events import HeadEvent
 from gmar_lightning.monitor.history import History
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.processes import of_first_process
-from gmar_lightning.monitor.record import ProbeRecord
+from gmar_lightning.monitor.record import ProbeRecord, Source
 from gmar_lightning.monitor.say import SayOnce
 from gmar_lightning.monitor.schedule import Every
 from gmar_lightning.monitor.settings import ProbeSettings
@@ -90,12 +89,17 @@ class Recording:
         tolerance: What happens where storing or showing fails.
         history: The record, on the first process.
         publisher: What shows it, likewise.
+        opened: Whether a run has begun; not before `open`.
     """
 
     def __init__(
-        self, tolerance: Tolerance, history: History | None = None, publisher: Publisher | None = None
+        self,
+        tolerance: Tolerance,
+        history: History | None = None,
+        publisher: Publisher | None = None,
+        opened: bool = False,
     ) -> None:
-        self._tolerance, self._closed = tolerance, False
+        self._tolerance, self._closed, self._open = tolerance, False, opened
         self.history, self.publisher = history, publisher
 
     @classmethod
@@ -103,7 +107,7 @@ class Recording:
         cls,
         trainer: Trainer,
         pl_module: LightningModule,
-        probe: ProbeBatch,
+        probe: ProbeBatch | None,
         showing: Showing,
         *,
         folder: Path | None,
@@ -118,7 +122,7 @@ class Recording:
         Args:
             trainer: Its loggers are published to.
             pl_module: Asked for class names, mean and standard deviation where there are none.
-            probe: The probe images.
+            probe: The probe images; None where steps are read.
             showing: How the run is shown.
             folder: Where; None keeps the record in memory.
             settings: What the record says of the callback's settings.
@@ -128,39 +132,48 @@ class Recording:
             tolerance: What happens where storing or showing fails.
         """
         if not trainer.is_global_zero:
-            return cls(tolerance)
+            return cls(tolerance, opened=True)
         if not trainer.loggers and folder is not None:
             rank_zero_info(f"GMARCallback: no logger; the record goes to {folder}")
         names = showing.class_names or class_names_of(trainer, pl_module)
         run = {
             "version": __version__,
-            "num_images": len(probe),
-            "num_heatmaps": min(showing.num_heatmaps, len(probe)),
-            "labels": None if probe.labels is None else probe.labels.tolist(),
             "class_names": None if names is None else list(names),
-            "image_names": None if probe.names is None else list(probe.names),
-            "fingerprint": probe.fingerprint,
             "settings": dict(settings),
+            **(_OF_STEPS if probe is None else _of_images(probe, showing.num_heatmaps)),
         }
         try:
             history = History.open(folder, run, trainer.global_step if resumed else None)
         except (OSError, ValueError) as error:
             say(f"GMARCallback: no record can be written to {folder} ({error}); the run goes on without it")
             history = History.open(None, run)
-        images = probe.images[: showing.num_heatmaps]
-        pictures = photographs(trainer, pl_module, images, showing.mean, showing.std, say, probe.masks)
-        tolerance.run("the record", lambda: history.save_inputs(pictures), trainer.global_step)
-        planned = planned_probes(trainer, schedule.unit, schedule.interval)
+        pictures: list[Any] = []
+        if probe is not None:
+            images = probe.images[: showing.num_heatmaps]
+            pictures = photographs(trainer, pl_module, images, showing.mean, showing.std, say, probe.masks)
+            tolerance.run("the record", lambda: history.save_inputs(pictures), trainer.global_step)
         display = Display(
             images=pictures,
             labels=history.segment_run(history.segment).get("labels"),
             names=history.run.get("class_names"),
-            image_names=probe.names,
+            image_names=None if probe is None else probe.names,
             per_head=showing.per_head,
-            media_every=max(1, math.ceil((planned or 0) / showing.max_events)),
+            most_media=showing.max_events,
             rollouts=showing.rollouts,
         )
-        return cls(tolerance, history, Publisher(history, trainer.loggers, display, say))
+        recording = cls(tolerance, history, Publisher(history, trainer.loggers, display, say), opened=True)
+        recording.plan(trainer, schedule)
+        return recording
+
+    def plan(self, trainer: Trainer, schedule: Every) -> None:
+        """Spread the pictures over the probes that are to come, as far as their number can be known."""
+        if self.publisher is not None:
+            self.publisher.plan(planned_probes(trainer, schedule.unit, schedule.interval))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a run has begun to be recorded here; the same on every process."""
+        return self._open
 
     def seam(self, form: str) -> tuple[int, DriftTracker]:
         """Where the probes to come begin: their segment, and the maps that earlier ones of it had.
@@ -258,10 +271,39 @@ class Reaction:
             trainer.should_stop = True
 
 
-def described(settings: ProbeSettings, schedule: Every, num_images: int) -> dict[str, Any]:
-    """The callback's settings as the record and the loggers' configuration say them."""
+# What `run.json` says of the images where there are none: the batches of training, each another one.
+_OF_STEPS: Mapping[str, Any] = {
+    "source": "step",
+    "num_images": 0,
+    "num_heatmaps": 0,
+    "labels": None,
+    "image_names": None,
+    "fingerprint": "training batches",
+}
+
+
+def _of_images(probe: ProbeBatch, drawn: int) -> dict[str, Any]:
     return {
-        "every": f"{schedule.interval} {schedule.unit}s",
+        "source": "probe",
+        "num_images": len(probe),
+        "num_heatmaps": min(drawn, len(probe)),
+        "labels": None if probe.labels is None else probe.labels.tolist(),
+        "image_names": None if probe.names is None else list(probe.names),
+        "fingerprint": probe.fingerprint,
+    }
+
+
+def described(settings: ProbeSettings, schedule: Every, num_images: int, source: Source) -> dict[str, Any]:
+    """The callback's settings as the record and the loggers' configuration say them."""
+    if source == "step":
+        return {
+            "read": "training steps",
+            "every": schedule.described,
+            "module": settings.module,
+            "norm": "l2",
+        }
+    return {
+        "every": schedule.described,
         "num_images": num_images,
         "num_heatmaps": settings.drawn,
         "module": settings.module,

@@ -173,10 +173,14 @@ def state_of_same_run(
     return ours[0] if unmatched and len(ours) == 1 else None
 
 
-def _alike(trainer: Trainer, callback: Callback) -> list[Callback]:
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The trainer's callbacks, in their order."""
     # Lightning sets this attribute in its callback connector, where type checkers do not see it.
-    callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009
-    return [other for other in callbacks if type(other) is type(callback)]
+    return getattr(trainer, "callbacks")  # noqa: B009
+
+
+def _alike(trainer: Trainer, callback: Callback) -> list[Callback]:
+    return [other for other in callbacks_of(trainer) if type(other) is type(callback)]
 
 
 def callable_model(trainer: Trainer, pl_module: LightningModule) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -215,3 +216,16 @@ def test_argument_names_are_those_of_the_documentation() -> None:
     }  # fmt: skip
     assert {name: parameters[name].default for name in defaults} == defaults
     assert GMARCallback()._schedule.interval == 100
+
+
+def test_an_interval_that_adapts_is_said_and_recorded(tmp_path: Path, caplog: Any) -> None:
+    callback = watcher(tmp_path, every_n_train_steps="auto", max_events=2)
+    with caplog.at_level("INFO"):
+        fit(tmp_path, Classifier(), loaders(), callbacks=[callback], max_epochs=4)
+    history = History.load(tmp_path / "gmar")
+    assert [record.global_step for record in history.records][:2] == [0, 20]
+    assert history.run["settings"]["every"] == "auto: at most 1 % of the time"
+    chosen = re.findall(r"every (\d+) steps keeps probes under 1 % of the time", caplog.text)
+    assert int(chosen[-1]) == callback._schedule.interval
+    with pytest.raises(ValueError, match="every_n_train_steps='often' is unknown"):
+        GMARCallback(every_n_train_steps="often")  # type: ignore[arg-type]

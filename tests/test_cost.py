@@ -5,6 +5,7 @@ import timm
 import torch
 
 from gmar_lightning import gmar
+from gmar_lightning.explain import kernel
 from tests.benchmarks.census import census
 from tests.benchmarks.cost import memory, operation_row, operation_row_by_depth, operations
 from tests.helpers.networks import ViT, pictures, seeded
@@ -15,6 +16,16 @@ def test_operations_on_vit_base():
     assert row["l1"] <= 2.10
     assert row["l2"] <= 2.08
     assert min(row.values()) > 2
+    # all forms, all signals and what every head attends to come from the same pass
+    assert row["probe"] <= 1.03 * row["l1"]
+
+
+@pytest.mark.slow
+def test_operations_on_vit_base_where_no_map_is_kept(monkeypatch):
+    """As in a probe of many images: maps are computed again, and for the paper's form once more."""
+    monkeypatch.setattr(kernel, "_KEPT_BYTES", 0)
+    row = operation_row_by_depth("vit_base_patch16_224", 224)
+    assert row["probe"] <= 1.03 * row["l1"]
 
 
 @pytest.mark.slow

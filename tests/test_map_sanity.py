@@ -6,18 +6,21 @@ import functools
 import numpy as np
 import pytest
 import scipy.stats
+import timm
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
+from gmar_lightning.explain.explained import runner_up
 from gmar_lightning.explain.gmar import gmar
 from gmar_lightning.explain.sanity import (
     SkippedCheckError,
     class_sensitivity,
     randomisation,
     rank_correlation,
-    runner_up,
     shuffled_top_block,
 )
+from tests.benchmarks.cost import operations
 from tests.helpers.networks import ViT, pictures, seeded
 
 gradient = functools.partial(gmar, rollout="gradient")
@@ -54,6 +57,66 @@ def test_class_sensitivity_compares_with_the_runner_up():
     ]
     np.testing.assert_allclose(found, by_hand, atol=1e-3)
     assert found.abs().max() < 1
+
+
+class Mean(ViT):
+    def forward(self, images):
+        return self.head(self.features(images)[:, 1:].mean(1))
+
+
+def timm_vit(checkpointed=False, **options):
+    torch.manual_seed(0)
+    model = timm.models.VisionTransformer(
+        img_size=pictures().shape[-1],
+        patch_size=8,
+        embed_dim=24,
+        depth=2,
+        num_heads=3,
+        num_classes=5,
+        **options,
+    )
+    model.set_grad_checkpointing(checkpointed)
+    return model.train(checkpointed)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: seeded(ViT),
+        lambda: seeded(Mean),
+        lambda: timm_vit(global_pool="map", class_token=False),
+        lambda: timm_vit(checkpointed=True),
+    ],
+    ids=["class token", "mean", "attention pool", "checkpointed"],
+)
+def test_the_runner_up_comes_from_a_second_backward_of_the_same_pass(build):
+    model, images = build().double(), pictures(3).double()
+    for form in ("gradient", "paper", "flow"):
+        both = gmar(model, images, rollout=form, runner_up=True)
+        others = both.logits.argsort(descending=True)[:, 1]
+        alone = gmar(model, images, others, rollout=form)
+        assert torch.allclose(both.runner_up, alone.heatmaps, rtol=1e-10, atol=0)
+        # and the explanation itself is what it is without
+        assert torch.equal(both.heatmaps, gmar(model, images, rollout=form).heatmaps)
+    forwards = []
+    counting = register_module_forward_hook(
+        lambda module, *_: forwards.append(1) if module is model else None
+    )
+    with counting:
+        gmar(model, images, runner_up=True)
+    assert len(forwards) == 1
+
+
+def test_the_runner_up_costs_a_backward_and_no_forward():
+    model, images = timm_vit(), pictures(2)
+    gmar(model, images, runner_up=True)
+    with torch.no_grad():
+        forward = operations(lambda: model(images))
+    one = operations(lambda: gmar(model, images))
+    both = operations(lambda: gmar(model, images, runner_up=True))
+    # a backward over activations multiplies as often as a forward, and ends at the first attention
+    assert 0.5 < (both - one) / forward < 1
+    assert gmar(model, images, lambda output: output[:, 0], runner_up=True).runner_up is None
 
 
 def test_plain_rollout_is_class_blind():

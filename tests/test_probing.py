@@ -12,6 +12,7 @@ import torch
 
 from gmar_lightning import gmar
 from gmar_lightning.explain.isolation import kept
+from gmar_lightning.explain.sanity import rank_correlation
 from gmar_lightning.metrics import HeadImportance
 from gmar_lightning.monitor.collapse import CollapseDetector
 from gmar_lightning.monitor.explanation import explain_together
@@ -74,6 +75,11 @@ def test_a_record_is_complete_when_it_leaves() -> None:
     assert np.isfinite(list(first.faithfulness.values())).all()
     assert np.isnan(list(second.faithfulness.values())).all()
     assert first.faithfulness.keys() == second.faithfulness.keys()
+    both = gmar(model, PROBE.images, runner_up=True)
+    assert both.heatmaps is not None
+    assert both.runner_up is not None
+    expected = rank_correlation(both.heatmaps, both.runner_up).mean()  # of all images, not of four
+    assert first.faithfulness["class_sensitivity"] == pytest.approx(float(expected), abs=1e-3)
     assert first.layers == ("blocks.0.attn", "blocks.1.attn")
 
 

@@ -52,6 +52,11 @@ def explained(output: Any, goal: Goal, batch: int) -> Explained:
     return Explained(logits.gather(1, targets[:, None])[:, 0], logits, targets)
 
 
+def runner_up(logits: Tensor, targets: Tensor) -> Tensor:
+    """The most probable class beside the explained one, `(batch,)`."""
+    return logits.scatter(1, targets[:, None].to(logits.device), -torch.inf).argmax(-1)
+
+
 def _called(target: Any, output: Any, batch: int) -> Tensor:
     name = _named(target)
     try:

@@ -52,6 +52,8 @@ class GMARResult:
             None unless asked for.
         signals: For each name of `signals.SIGNALS` (which defines them) a `(batch, layers, heads)`; empty unless
             asked for.
+        runner_up: The map of the first form for the runner-up class, shaped as `heatmaps`; None unless asked for, and
+            where there is no second class or `scope` is not "whole".
         scope: What the picture covers: "whole", "last stage, 7 x 7" (a rollout over the last layers that share one
             grid of the whole image; exact for those), or "none: " and the reason why `heatmaps` is None.
     """
@@ -67,6 +69,7 @@ class GMARResult:
     maps: Mapping[str, Tensor] = field(default_factory=dict)
     head_maps: Tensor | None = None
     signals: Mapping[str, Tensor] = field(default_factory=dict)
+    runner_up: Tensor | None = None
     scope: str = "whole"
 
     def _repr_html_(self) -> str:
@@ -92,6 +95,7 @@ def gmar(
     module: str | None = None,
     signals: bool = False,
     head_maps: HeadMaps = False,
+    runner_up: bool = False,
 ) -> GMARResult:
     """Explain a batch: one heatmap per image, one importance per attention head.
 
@@ -119,6 +123,8 @@ def gmar(
         head_maps: Also return what each head attends to: the row of its map that belongs to the readout (the mean
             of the pooled rows under mean pooling, the row of the attention pool before one), gated by the positive
             gradient; "plain" for the attention itself.
+        runner_up: Also return the map of the most probable class beside the explained one, for one more backward
+            through the same graph: a map that is the same for both is blind to the class.
 
     Returns:
         The explanation. Row i of a batch equals image i alone. Models without one set of tokens for all layers
@@ -132,7 +138,8 @@ def gmar(
     check_form(norm, rollout, residual, micro_batch_size)
     if head_maps not in (False, True, "plain"):
         raise ValueError(f'head_maps must be True, False or "plain", got {head_maps!r}')
-    form = Form(norm, forms_of(rollout), 1.0 if residual is None else residual, signals, head_maps)
+    factor = 1.0 if residual is None else residual
+    form = Form(norm, forms_of(rollout), factor, signals, head_maps, runner_up)
     classifier = classifier_of(model, module)
     # Everything the forward could change is kept before the first line of it runs and put back on every
     # exit.
@@ -154,11 +161,11 @@ def _explain(classifier: nn.Module, inputs: dict[str, Any], targets: Goal, *, fo
         halves = micro_batches(inputs, targets, -(-batch_size(inputs) // 2))
         return _joined([_explain(classifier, *half, form=form) for half in halves])
     numbers, picture, score = seen.numbers, seen.picture, seen.explained.score
-    maps = {}
+    maps, other = {}, None
     if seen.sweep is not None and picture is not None:
-        maps = {
-            name: _folded(row, picture.layout, picture.padding) for name, row in seen.sweep.maps().items()
-        }
+        fold = functools.partial(_folded, layout=picture.layout, padding=picture.padding)
+        maps = {name: fold(row) for name, row in seen.sweep.maps().items()}
+        other = None if seen.runner_up is None else fold(seen.runner_up)
     return GMARResult(
         heatmaps=maps.get(form.rollouts[0]),
         importance=_ragged([layer.importance for layer in numbers]),
@@ -171,6 +178,7 @@ def _explain(classifier: nn.Module, inputs: dict[str, Any], targets: Goal, *, fo
         maps=maps,
         head_maps=_head_maps(seen) if form.head_maps else None,
         signals={name: _ragged([layer.signals[name] for layer in numbers]) for name in numbers[0].signals},
+        runner_up=other,
         scope=seen.scope,
     )
 

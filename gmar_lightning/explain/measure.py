@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gmar_lightning.explain.attention import AttentionCall, Recording, recording
 from gmar_lightning.explain.errors import NoPictureError, UnsupportedModelError
-from gmar_lightning.explain.explained import Explained, check_images_apart, explained
+from gmar_lightning.explain.explained import Explained, check_images_apart, explained, runner_up
 from gmar_lightning.explain.folding import check_over_tokens, fold_numbers, folded, is_plain
 from gmar_lightning.explain.inputs import Goal, batch_size, forward, image_key, padding_of
 from gmar_lightning.explain.kernel import NO_GRADS, Needs, Ticket
@@ -54,6 +54,8 @@ class Measured:
         picture: How they become a picture; None without one.
         explained: The number explained, and the logits if there are any.
         scope: "whole", "last stage, 7 x 7", or "none: " and the reason.
+        runner_up: The final row of the first form for the runner-up class, `(batch, tokens)`; None unless it was
+            asked for and the picture is whole.
     """
 
     layers: tuple[str, ...]
@@ -62,6 +64,7 @@ class Measured:
     picture: Picture | None
     explained: Explained
     scope: str
+    runner_up: Tensor | None = None
 
 
 def measure(classifier: nn.Module, inputs: dict[str, Any], goal: Goal, form: Form) -> Measured | None:
@@ -82,10 +85,12 @@ def measure(classifier: nn.Module, inputs: dict[str, Any], goal: Goal, form: For
         picture, scope = _picture(classifier, inputs, found, seen, image)
         if picture is not None and scope == "whole" and _passes_in_order(found):
             sweep = Sweep(found.calls, picture.start, form, picture.layout, picture.padding)
-            _backward(found, sweep, seen.score)
+            twice = form.runner_up and seen.logits is not None and seen.logits.shape[1] > 1
+            _backward(found, sweep, seen.score, retain_graph=twice)
+            other = _runner_up_row(found, picture, seen, form) if twice else None
             numbers = [sweep.layers[index] for index in range(len(found.calls))]
             picture = replace(picture, start=sweep.readout)
-            measured = _measured(found, numbers, sweep, picture, seen, scope)
+            measured = replace(_measured(found, numbers, sweep, picture, seen, scope), runner_up=other)
         else:
             measured = _measured_at_the_end(found, picture, seen, form, scope, batch)
     if measured.picture is not None and scope == "whole":
@@ -240,7 +245,22 @@ def _check_attached(score: Tensor) -> None:
         )
 
 
-def _backward(found: Recording, sweep: Sweep, score: Tensor) -> None:
+def _runner_up_row(found: Recording, picture: Picture, seen: Explained, form: Form) -> Tensor:
+    """The row of the first form for the runner-up class: a second backward through the graph of the first.
+
+    Kept maps are gone by then and are computed again; what the graph holds until here is what it held when the
+    first backward began, so the peak of memory stays where it was.
+    """
+    assert seen.logits is not None
+    assert seen.targets is not None
+    others = runner_up(seen.logits.detach(), seen.targets)
+    alone = Form(form.norm, form.rollouts[:1], form.residual)
+    sweep = Sweep(found.calls, picture.start, alone, picture.layout, picture.padding)
+    _backward(found, sweep, seen.logits.gather(1, others[:, None])[:, 0])
+    return sweep.maps()[form.rollouts[0]]
+
+
+def _backward(found: Recording, sweep: Sweep, score: Tensor, retain_graph: bool = False) -> None:
     """From the score to the first attention layer, and no further; every layer is taken in as it is passed."""
     _check_attached(score)
     calls, tickets, start = found.calls, found.tickets, sweep.readout
@@ -256,7 +276,8 @@ def _backward(found: Recording, sweep: Sweep, score: Tensor) -> None:
         if call.depth in (first, last) or ticket.visit is None
     ]
     edges: Any = [calls[index].edge for index in asked]
-    grads = dict(zip(asked, torch.autograd.grad(score.sum(), edges, allow_unused=True), strict=True))
+    found_grads = torch.autograd.grad(score.sum(), edges, allow_unused=True, retain_graph=retain_graph)
+    grads = dict(zip(asked, found_grads, strict=True))
     passed = [score if ticket.visited else grads.get(index) for index, ticket in enumerate(tickets)]
     check_reached(calls, passed)
     for index in reversed(asked):

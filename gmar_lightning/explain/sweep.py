@@ -36,6 +36,7 @@ class Form:
     residual: float = 1.0
     signals: bool = False
     head_maps: HeadMaps = False
+    runner_up: bool = False
 
 
 @dataclass(frozen=True, eq=False)

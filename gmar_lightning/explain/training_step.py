@@ -10,7 +10,7 @@ which explains a logit on fixed validation images.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,11 +36,15 @@ class StepSignals:
             map, mean over the images of the batch.
         contribution: `(layers, heads)`, mean over images of `|sum dO * O|`.
         layers: Module path of each attention layer, in forward order.
+        rows: Batch rows that each layer's means are over.
+        finite: Whether every number is; not so where a loss scaled for half precision overflowed.
     """
 
     importance: Tensor
     contribution: Tensor
     layers: tuple[str, ...]
+    rows: tuple[int, ...]
+    finite: bool = True
 
 
 class StepReader:
@@ -48,13 +52,14 @@ class StepReader:
 
     Args:
         model: Its module paths name the layers.
+        inside: Leave out attention that runs outside of all its modules, as when it is a part of what is trained.
 
     Raises:
         UnsupportedModelError: When the model is compiled: compiled code calls no function that could be watched, and
             replacing one would compile it anew.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, inside: bool = False) -> None:
         compiled = next((name for name, part in model.named_modules() if _is_compiled(part)), None)
         if compiled is not None:
             raise UnsupportedModelError(
@@ -62,6 +67,7 @@ class StepReader:
                 "compiled models eagerly for the probe alone."
             )
         self._names = {part: name for name, part in model.named_modules()}
+        self._elsewhere = None if inside else ""
         self._running: list[nn.Module] = []
         self._thread = threading.get_ident()
         self._order: dict[str, int] = {}
@@ -104,13 +110,17 @@ class StepReader:
             return torch.stack(padded).mul_(factor)
 
         norms, parts = [sums[layer][0] for layer in layers], [sums[layer][1] for layer in layers]
-        return StepSignals(stacked(norms), stacked(parts), layers)
+        finite = bool(torch.cat(norms).isfinite().all())  # before layers are padded with NaN
+        rows = tuple(sums[layer][2] for layer in layers)
+        return StepSignals(stacked(norms), stacked(parts), layers, rows, finite)
 
     def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
         output = _ATTENTION(*args, **kwargs)
         if threading.get_ident() != self._thread and not _recomputing():
             return output
         name = self._name()
+        if name is None:
+            return output
         self._order.setdefault(name, len(self._order))
         # Under reentrant checkpointing the first forward has no graph; its recomputation comes by here again. What a
         # non-reentrant checkpoint recomputes gets a hook that never fires: gradients flow through the first graph.
@@ -147,8 +157,9 @@ class StepReader:
         while self._running and self._running.pop() is not module:
             pass  # a module left by an exception
 
-    def _name(self) -> str:
-        return next((self._names[part] for part in reversed(self._running) if part in self._names), "")
+    def _name(self) -> str | None:
+        running = (self._names[part] for part in reversed(self._running) if part in self._names)
+        return next(running, self._elsewhere)
 
 
 class _Mode(TorchFunctionMode):
@@ -172,3 +183,32 @@ def _recomputing() -> bool:
 def _is_compiled(module: nn.Module) -> bool:
     # `torch.compile(module)` wraps, `module.compile()` sets this private attribute instead.
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def over_processes(parts: Sequence[StepSignals | None]) -> StepSignals | None:
+    """One answer from what each process saw of its part of the batch; None when nobody saw anything.
+
+    Raises:
+        ValueError: When processes saw different layers.
+    """
+    seen = [part for part in parts if part is not None]
+    if not seen:
+        return None
+    layers = seen[0].layers
+    if any(part.layers != layers for part in seen):
+        raise ValueError(
+            f"the step ran other layers on some processes: {sorted({part.layers for part in seen})}"
+        )
+    rows = torch.tensor([part.rows for part in seen], dtype=torch.float64)  # (processes, layers)
+    weights = (rows / rows.sum(0)).unsqueeze(-1)
+
+    def mean(tables: list[Tensor]) -> Tensor:
+        return (torch.stack(tables) * weights).sum(0)
+
+    return StepSignals(
+        mean([part.importance for part in seen]),
+        mean([part.contribution for part in seen]),
+        layers,
+        tuple(int(count) for count in rows.sum(0)),
+        all(part.finite for part in seen),
+    )

@@ -33,6 +33,7 @@ class Explanation:
         layers: Module path of each layer.
         scope: What the maps cover, as in `GMARResult`.
         head_maps: `(images, layers, heads, grid_h, grid_w)`; None unless asked for.
+        runner_up: Maps of the primary form for the runner-up class; None unless asked for and possible.
         micro_batch_size: Images per forward.
         out_of_memory: Whether that was halved because memory ran out.
     """
@@ -46,6 +47,7 @@ class Explanation:
     layers: tuple[str, ...]
     scope: str = "whole"
     head_maps: np.ndarray | None = None
+    runner_up: np.ndarray | None = None
     micro_batch_size: int = 1
     out_of_memory: bool = False
 
@@ -65,6 +67,7 @@ def explain_together(
     probe: ProbeBatch,
     settings: ProbeSettings,
     explain: Callable[..., GMARResult] = gmar,
+    runner_up: bool = False,
 ) -> Explanation:
     """Explain the probe images on all processes together.
 
@@ -75,6 +78,7 @@ def explain_together(
         probe: The images.
         settings: The form of the explanation.
         explain: `gmar`, or what stands for it.
+        runner_up: Also explain the runner-up class, for one more backward.
 
     Returns:
         The explanation, the same on every process.
@@ -102,6 +106,7 @@ def explain_together(
                 micro_batch_size=size,
                 signals=True,
                 head_maps=settings.drawn > 0,
+                runner_up=runner_up,
             )
         return _per_image(result), result.layers, result.scope
 
@@ -145,7 +150,7 @@ def _per_image(result: GMARResult) -> dict[str, np.ndarray]:
         **{f"signal {name}": values for name, values in result.signals.items()},
         **{f"map {form}": maps for form, maps in result.maps.items()},
     }
-    for name in ("logits", "targets", "head_maps"):
+    for name in ("logits", "targets", "head_maps", "runner_up"):
         value = getattr(result, name)
         if value is not None:
             parts[name] = value
@@ -174,6 +179,7 @@ def _together(
         scores=whole["scores"],
         layers=layers,
         head_maps=whole.get("head_maps"),
+        runner_up=whole.get("runner_up"),
         micro_batch_size=size,
         out_of_memory=exhausted,
     )

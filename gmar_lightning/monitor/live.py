@@ -1,7 +1,8 @@
 """How far the maps of a probe can be relied on, tested on a few of its images.
 
-Insertion minus deletion and average drop beside a random map and plain rollout; how much the map depends on the class
-and on the top block's weights. Cost for each of four images: 29 forwards, and two forwards with their backwards.
+Insertion minus deletion and average drop beside a random map and plain rollout, and how much the map depends on the
+top block's weights: 29 forwards, and one forward with its backward, for each of four images. How much it depends on
+the class is asked of all probe images, for one more backward of the probe's own pass.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from torch import Tensor, nn
 from gmar_lightning.explain.faithfulness import faithfulness_per_image, random_maps
 from gmar_lightning.explain.gmar import GMARResult, gmar
 from gmar_lightning.explain.inputs import classifier_of
-from gmar_lightning.explain.sanity import SkippedCheckError, class_sensitivity, randomisation
+from gmar_lightning.explain.sanity import (
+    SkippedCheckError,
+    class_sensitivity,
+    randomisation,
+    rank_correlation,
+)
 from gmar_lightning.monitor.explanation import Explanation
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.processes import joined, on_every_process, rows_of_process
@@ -41,10 +47,11 @@ def measure_faithfulness(
     settings: ProbeSettings,
     say: Callable[[str, str], None],
 ) -> dict[str, float]:
-    """Faithfulness, class sensitivity and randomisation of a probe's maps, mean over its first images.
+    """Faithfulness and randomisation of a probe's maps, mean over its first images; class sensitivity over all.
 
-    The images are shared out between the processes. The values are per image, and the random map of an image is its
-    own, so the means do not depend on the number of processes.
+    Without the runner-up's maps in the explanation, those of the first images are made here. The images are shared
+    out between the processes. The values are per image, and the random map of an image is its own, so the means do
+    not depend on the number of processes.
 
     Args:
         model: The model that was probed, held whole by every process.
@@ -80,9 +87,6 @@ def measure_faithfulness(
 
     def checked() -> dict[str, np.ndarray]:
         tests: dict[str, Callable[[], Tensor]] = {
-            "class_sensitivity": lambda: class_sensitivity(
-                model, probe.images[rows], maps[rows], targets, logits, _explain(settings)
-            ),
             "randomisation": lambda: randomisation(
                 model,
                 probe.images[rows],
@@ -93,9 +97,15 @@ def measure_faithfulness(
                 module=settings.module,
             ),
         }
+        if explanation.runner_up is None:
+            tests["class_sensitivity"] = lambda: class_sensitivity(
+                model, probe.images[rows], maps[rows], targets, logits, _explain(settings)
+            )
         return {name: _or_skipped(test, name, len(rows), settings, say) for name, test in tests.items()}
 
     values = {**joined(on_every_process(tried), count), **joined(on_every_process(checked), count)}
+    if explanation.runner_up is not None:
+        values["class_sensitivity"] = rank_correlation(maps, torch.from_numpy(explanation.runner_up)).numpy()
     return {name: _mean(values[name]) for name in (*FAITHFULNESS, *SANITY)}
 
 

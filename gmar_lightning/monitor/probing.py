@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.training_step import StepSignals, over_processes
 from gmar_lightning.monitor.collapse import CollapseDetector
 from gmar_lightning.monitor.confirmation import confirm_by_ablation
 from gmar_lightning.monitor.drift import DriftTracker
@@ -19,13 +21,18 @@ from gmar_lightning.monitor.events import HeadEvent
 from gmar_lightning.monitor.explanation import Explanation, explain_together
 from gmar_lightning.monitor.live import FAITHFULNESS, SANITY, measure_faithfulness
 from gmar_lightning.monitor.probe import ProbeBatch
-from gmar_lightning.monitor.processes import gathered, refused
+from gmar_lightning.monitor.processes import gathered, on_every_process, refused
 from gmar_lightning.monitor.record import ProbeRecord
 from gmar_lightning.monitor.say import SayOnce
 from gmar_lightning.monitor.settings import ProbeSettings
 
 # So many failures in a row, and no more probes are taken: what fails three times fails always.
 MOST_FAILURES = 3
+
+_NOTHING_SEEN = (
+    'no gradient came by an attention layer of the training step: read="step" sees calls of '
+    'scaled_dot_product_attention with outputs (batch, heads, tokens, width). Use read="probe"'
+)
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,54 @@ class Prober:
             self._failed_in_a_row = 0
         return replace(record, seconds=time.monotonic() - started)
 
+    def of_step(self, seen: StepSignals | None, moment: Moment, scaled: bool = False) -> ProbeRecord | None:
+        """Judge what a training step showed; nothing is asked of the model. Every process calls.
+
+        Args:
+            seen: What this process saw of the step.
+            moment: When this was.
+            scaled: Whether the loss was scaled for half precision: such a step may overflow, and is left out of
+                training then.
+
+        Returns:
+            The record, without maps and with `source="step"`; None for a scaled step that overflowed.
+
+        Raises:
+            Exception: What went wrong, with `on_error="raise"`.
+        """
+        record = ProbeRecord(
+            step=moment.step,
+            global_step=moment.global_step,
+            epoch=moment.epoch,
+            metrics=moment.metrics,
+            source="step",
+        )
+        try:
+            together = over_processes(on_every_process(lambda: _at_hand(seen)))
+            if together is None:
+                raise UnsupportedModelError(_NOTHING_SEEN)
+            if scaled and not together.finite:
+                return None
+            tables = {
+                "importance": together.importance.numpy(),
+                "contribution": together.contribution.numpy(),
+            }
+            events = self._events(record, tables, together.layers, _learning_rate(moment.metrics))
+        except Exception as error:
+            if self._on_error == "raise":
+                raise
+            self.taken += 1
+            self._note_failure(error, moment.step)
+            return replace(record, failure=f"{type(error).__name__}: {error}")
+        self.taken, self._failed_in_a_row = self.taken + 1, 0
+        return replace(
+            record,
+            signals=tables,
+            layers=together.layers,
+            events=tuple(events),
+            flagged=tuple(self.detector.flagged) if self.detector is not None else (),
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain values."""
         return {
@@ -148,7 +203,8 @@ class Prober:
     def _completed(self, model: nn.Module, record: ProbeRecord, last: bool) -> ProbeRecord:
         """The record with everything that the model has to be asked for."""
         assert self.probe is not None, "begin() hands over the images"
-        explanation = self._explained(model, self.probe, record.step)
+        due = self._maps_are_tested(last)
+        explanation = self._explained(model, self.probe, record.step, due)
         signals = explanation.signals()
         events = self._judged(model, self.probe, record, explanation, signals)
         if explanation.scope != "whole":
@@ -164,11 +220,17 @@ class Prober:
             events=tuple(events),
             flagged=tuple(self.detector.flagged) if self.detector is not None else (),
             drift=self._drift_of(explanation),
-            faithfulness=self._faithfulness(model, self.probe, record, explanation, last),
+            faithfulness=self._faithfulness(model, self.probe, record, explanation, due),
         )
 
-    def _explained(self, model: nn.Module, probe: ProbeBatch, step: int) -> Explanation:
-        explanation = explain_together(model, probe, self.settings)
+    def _maps_are_tested(self, last: bool) -> bool:
+        every = self.settings.faithfulness_every
+        if every is None:
+            return False
+        return self.taken == 1 or last if every == "ends" else (self.taken - 1) % every == 0
+
+    def _explained(self, model: nn.Module, probe: ProbeBatch, step: int, tested: bool) -> Explanation:
+        explanation = explain_together(model, probe, self.settings, runner_up=tested)
         if explanation.out_of_memory:
             # What did not fit once will not fit the next time either.
             size = explanation.micro_batch_size
@@ -188,12 +250,8 @@ class Prober:
         explanation: Explanation,
         signals: Mapping[str, np.ndarray],
     ) -> list[HeadEvent]:
-        if self.detector is None:
-            return []
-        step, others = record.step, {name: table for name, table in signals.items() if name != "importance"}
-        context = _context(explanation, record.metrics)
-        events = self.detector.update(step, signals["importance"], explanation.layers, others, context)
-        if not self.settings.confirm:
+        events = self._events(record, signals, explanation.layers, _context(explanation, record.metrics))
+        if self.detector is None or not self.settings.confirm:
             return events
         try:
             return confirm_by_ablation(
@@ -201,24 +259,34 @@ class Prober:
             )
         except Exception as error:
             self._say(
-                f"GMARCallback: the flags of step {step} could not be confirmed by ablation ({error})",
+                f"GMARCallback: the flags of step {record.step} could not be confirmed by ablation ({error})",
                 "confirm",
             )
             return events
+
+    def _events(
+        self,
+        record: ProbeRecord,
+        signals: Mapping[str, np.ndarray],
+        layers: tuple[str, ...],
+        context: Mapping[str, float],
+    ) -> list[HeadEvent]:
+        if self.detector is None:
+            return []
+        others = {name: table for name, table in signals.items() if name != "importance"}
+        return self.detector.update(record.step, signals["importance"], layers, others, context)
 
     def _drift_of(self, explanation: Explanation) -> Mapping[str, np.ndarray] | None:
         primary = next(iter(explanation.maps.values()), None)
         return None if primary is None else self._drift.compare(primary)
 
     def _faithfulness(
-        self, model: nn.Module, probe: ProbeBatch, record: ProbeRecord, explanation: Explanation, last: bool
+        self, model: nn.Module, probe: ProbeBatch, record: ProbeRecord, explanation: Explanation, due: bool
     ) -> dict[str, float] | None:
-        every = self.settings.faithfulness_every
-        if every is None:
+        if self.settings.faithfulness_every is None:
             return None
         # Always the same names: a CSV file has the columns of its first row.
         nothing = dict.fromkeys((*FAITHFULNESS, *SANITY), math.nan)
-        due = self.taken == 1 or last if every == "ends" else (self.taken - 1) % every == 0
         pictures = all(maps.ndim == 3 for maps in explanation.maps.values()) and bool(explanation.maps)
         if not due or not pictures or explanation.targets is None:
             return nothing
@@ -248,9 +316,21 @@ def _context(explanation: Explanation, metrics: Mapping[str, float]) -> dict[str
     if explanation.logits is not None and explanation.targets is not None:
         chances = torch.from_numpy(explanation.logits).softmax(-1).numpy()
         context["probability"] = float(chances[np.arange(len(chances)), explanation.targets].mean())
+    return {**context, **_learning_rate(metrics)}
+
+
+def _learning_rate(metrics: Mapping[str, float]) -> dict[str, float]:
     # as LearningRateMonitor names them, one for each optimizer and group
     rates = [value for name, value in metrics.items() if name.startswith("lr-")]
-    return {**context, "learning_rate": max(rates)} if rates else context
+    return {"learning_rate": max(rates)} if rates else {}
+
+
+def _at_hand(seen: StepSignals | None) -> StepSignals | None:
+    """On the CPU, in the precision of the detector."""
+    if seen is None:
+        return None
+    importance, contribution = (table.double().cpu() for table in (seen.importance, seen.contribution))
+    return StepSignals(importance, contribution, seen.layers, seen.rows, seen.finite)
 
 
 def _classes(explanation: Explanation) -> dict[str, tuple[Any, ...]]:

@@ -17,6 +17,7 @@ A line is one JSON object. `from_json` reads format 2, described here, and forma
 | `faithfulness` | null when switched off, or name to number, null where it was not due |
 | `verification` | null, or what the callback's test of itself found |
 | `failure` | null, or why the probe failed; then there are no signals |
+| `source` | "probe", or "step": read off a training step (`read="step"`), of the loss on a training batch |
 | `maps`, `head_maps` | null, or the name of the probe's file in `maps/` and in `head_maps/`, without `.npz` |
 
 Shares are not stored: they follow from importance, see `ProbeRecord.shares`.
@@ -28,7 +29,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,6 +39,9 @@ from gmar_lightning.monitor.events import HeadEvent
 from gmar_lightning.monitor.packing import SIGNALS, packed, unpacked
 
 FORMAT = 2
+
+# Where the numbers of a record come from.
+Source = Literal["probe", "step"]
 
 # How many significant digits `importance`, probabilities and scores keep.
 _DIGITS = 4
@@ -72,6 +76,8 @@ class ProbeRecord:
             not in it; empty once the record has been stored or read back.
         head_maps: `(images, layers, heads, grid_h, grid_w)` or None; likewise.
         layers: Module path of each attention layer; likewise.
+        source: "probe": a logit on the probe images; "step": the loss on the batch of a training step, read off that
+            step. Numbers of the two are not comparable, and one record holds one of them.
         stored_maps: Name of the files that hold the maps; None before they are stored.
         stored_head_maps: The same for the maps of heads.
     """
@@ -96,6 +102,7 @@ class ProbeRecord:
     maps: Mapping[str, np.ndarray] = field(default_factory=dict)
     head_maps: np.ndarray | None = None
     layers: tuple[str, ...] = ()
+    source: Source = "probe"
     stored_maps: str | None = None
     stored_head_maps: str | None = None
 
@@ -150,6 +157,7 @@ class ProbeRecord:
             "faithfulness": None if self.faithfulness is None else finite_only(self.faithfulness),
             "verification": None if self.verification is None else finite_only(self.verification),
             "failure": self.failure,
+            "source": self.source,
             "maps": self.stored_maps,
             "head_maps": self.stored_head_maps,
         }
@@ -189,6 +197,7 @@ class ProbeRecord:
             faithfulness=None if faithfulness is None else _faithfulness(faithfulness),
             verification=line.get("verification"),
             failure=line.get("failure") or line.get("error"),  # `error` in format 1
+            source="step" if line.get("source") == "step" else "probe",
             stored_maps=line.get("maps"),
             stored_head_maps=line.get("head_maps"),
         )

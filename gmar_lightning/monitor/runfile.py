@@ -58,12 +58,16 @@ def check_next(record: ProbeRecord, before: Sequence[ProbeRecord], layers: int) 
 
     Raises:
         ValueError: It does not come after the last one, or a signal has another number of layers than the run
-            (0 while that is not known).
+            (0 while that is not known), or it comes from another source.
     """
     if before and record.position <= before[-1].position:
         raise ValueError(
             f"probe at global_step {record.global_step} does not come after the last recorded one "
             f"({before[-1].global_step}); rewind the record first"
+        )
+    if before and record.source != before[-1].source:
+        raise ValueError(
+            f"a record of {before[-1].source}s takes no {record.source}: the two are not comparable"
         )
     for name, table in record.signals.items():
         if layers and len(table) != layers:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+from gmar_lightning.monitor.processes import of_first_process
+
+# Most of a run's time that probes may take when the interval adapts.
+SHARE = 0.01
+# The step whose probe measures what a probe costs: the first one is slower, as it also tests itself and the maps.
+_FIRST = 20
+_LONGEST = 1_000_000
 
 
 class Every:
@@ -32,13 +41,30 @@ class Every:
 
     def due(self, count: int) -> bool:
         """Whether `count` steps or epochs lie beyond a multiple not yet answered for."""
-        crossed = count // self.interval > self._last // self.interval
+        crossed = self.ahead(count)
         self._last = max(count, self._last)
         return crossed
+
+    def ahead(self, count: int) -> bool:
+        """Whether `count` would be due, without answering for it."""
+        return count // self.interval > self._last // self.interval
 
     def reset(self, count: int = 0) -> None:
         """Start counting from here."""
         self._last = count
+
+    fixed = True
+
+    @property
+    def described(self) -> str:
+        """How a record says it."""
+        return f"{self.interval} {self.unit}s"
+
+    def begin(self, count: int, now: float) -> None:
+        """Told when training starts: after `count` steps, at this time in seconds."""
+
+    def paid(self, count: int, seconds: float, now: float) -> str | None:
+        """Told what the probe after `count` steps took, at this time; a sentence where the interval changes."""
 
     def state_dict(self) -> dict[str, Any]:
         """The counter last asked about."""
@@ -47,6 +73,78 @@ class Every:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved counter."""
         self._last = int(state["last"])
+
+
+class Adaptive(Every):
+    """As often as a share of the run's time allows, in steps: once early, and from then on by what that cost.
+
+    After each probe the interval is the smallest of 1, 2, 5, 10, 20, 50, ... steps that keeps probes, at their mean
+    cost so far, within the share of the time that so many steps take. Process zero measures and tells the others: all
+    of them probe at the same step.
+
+    Args:
+        share: Most of the time that probes may take; the first and the last probe come on top.
+    """
+
+    fixed = False
+
+    def __init__(self, share: float = SHARE) -> None:
+        super().__init__(steps=_FIRST)
+        self.share, self._mark = share, None
+        self.reset()
+
+    @property
+    def described(self) -> str:
+        """How a record says it."""
+        return f"auto: at most {100 * self.share:g} % of the time"
+
+    def reset(self, count: int = 0) -> None:
+        """Start counting and measuring from here."""
+        super().reset(count)
+        self.interval, self._mark = _FIRST, None
+        self._steps, self._training, self._probes, self._spent = 0, 0.0, 0, 0.0
+
+    def begin(self, count: int, now: float) -> None:
+        """Training starts, or goes on, after `count` steps."""
+        self._mark = count, now
+
+    def paid(self, count: int, seconds: float, now: float) -> str | None:
+        """Choose the interval anew after a probe; a sentence that says what was chosen, where it changed."""
+        if self._mark is None or count <= self._mark[0]:
+            return None
+        steps, training = count - self._mark[0], now - self._mark[1] - seconds
+        self._steps, self._training = self._steps + steps, self._training + training
+        self._probes, self._spent = self._probes + 1, self._spent + seconds
+        self._mark = count, now
+        # The last stretch where it was faster: steps that compilation or an empty cache slowed down come no more.
+        step = min(self._training / self._steps, training / steps)
+        probe = self._spent / self._probes
+        before = self.interval
+        self.interval, step, probe = of_first_process((_round_above(probe, self.share * step), step, probe))
+        if self.interval == before:
+            return None
+        return (
+            f"a probe takes {probe:.2g} s and a step {step:.2g} s: every {self.interval} steps keeps probes under "
+            f"{100 * self.share:g} % of the time"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counter last asked about, the interval, and what it rests on."""
+        measured = [self._steps, self._training, self._probes, self._spent]
+        return {**super().state_dict(), "interval": self.interval, "measured": measured}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state, also of a fixed interval."""
+        super().load_state_dict(state)
+        self.interval = state.get("interval", self.interval)
+        self._steps, self._training, self._probes, self._spent = state.get("measured", (0, 0.0, 0, 0.0))
+
+
+def _round_above(cost: float, allowed: float) -> int:
+    """The smallest of 1, 2, 5, 10, 20, 50, ... that is at least `cost / allowed`."""
+    wanted = cost / allowed if allowed > 0 else math.inf
+    rounded = (factor * 10**power for power in range(6) for factor in (1, 2, 5))
+    return next((number for number in rounded if number >= wanted), _LONGEST)
 
 
 def repeats(last: tuple[int, int] | None, now: tuple[int, int]) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gmar_lightning.monitor.record import Source
+
 
 def closing_lines(
     *,
@@ -17,6 +19,7 @@ def closing_lines(
     flagged: Sequence[tuple[str, int]],
     folder: Path | None,
     wandb_offline: Path | None,
+    source: Source = "probe",
 ) -> list[str]:
     """The run in a few lines: accuracy, probes and their cost, flags, where to look.
 
@@ -29,6 +32,7 @@ def closing_lines(
         flagged: Layer name and head of each head flagged now.
         folder: The local record.
         wandb_offline: Folder of an offline W&B run, if there is one.
+        source: Where the numbers come from.
 
     Returns:
         The lines.
@@ -39,9 +43,12 @@ def closing_lines(
         lines.append("  accuracy   " + ", ".join(f"{name} {value:.4f}" for name, value in accuracies.items()))
     share = 100 * probe_seconds / run_seconds if run_seconds > 0 else 0.0
     missing = f", {failed} failed" if failed else ""
-    lines.append(
-        f"  probes     {probes}{missing}: {probe_seconds:.1f} s, {share:.1f} % of {run_seconds:.0f} s"
-    )
+    if source == "step":
+        lines.append(f"  steps read {probes}{missing}")
+    else:
+        lines.append(
+            f"  probes     {probes}{missing}: {probe_seconds:.1f} s, {share:.1f} % of {run_seconds:.0f} s"
+        )
     heads = ", ".join(f"{layer} head {head}" for layer, head in flagged[:6]) or "none"
     more = f" and {len(flagged) - 6} more" if len(flagged) > 6 else ""
     lines.append(f"  flagged    {heads}{more}")

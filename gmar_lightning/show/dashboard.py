@@ -53,15 +53,20 @@ def scalars(record: ProbeRecord, heads: Sequence[int], per_head: bool = False) -
         keys.DRIFT_FROM_FIRST: _drift(record, "rank_correlation_first"),
         keys.SECONDS: record.seconds,
     }
+    if record.source == "step":
+        # no pictures, no forward of its own: what there never is gets no column
+        for name in (keys.ENTROPY, keys.DRIFT, keys.DRIFT_FROM_FIRST, keys.SECONDS):
+            del numbers[name]
     for layer in range(len(heads)):
         numbers[keys.LAYER_EFFECTIVE_HEADS.format(layer=layer)] = float(effective[layer])
         numbers[keys.LAYER_IMPORTANCE.format(layer=layer)] = _sum(importance[layer])
-        numbers[keys.LAYER_ENTROPY.format(layer=layer)] = _mean(entropy[layer])
+        if record.source == "probe":
+            numbers[keys.LAYER_ENTROPY.format(layer=layer)] = _mean(entropy[layer])
     if per_head:
         numbers.update({name: float(relative[cell]) for name, cell in keys.head_names(heads)})
     for name, value in (record.faithfulness or {}).items():
         numbers[keys.test_of_maps(name)] = value
-    return numbers
+    return {keys.of_source(name, record.source): number for name, number in numbers.items()}
 
 
 def as_metrics(record: ProbeRecord) -> dict[str, torch.Tensor]:
@@ -70,7 +75,7 @@ def as_metrics(record: ProbeRecord) -> dict[str, torch.Tensor]:
     return {
         name: torch.tensor(value)
         for name, value in scalars(record, heads).items()
-        if name.startswith("gmar/") and math.isfinite(value)
+        if name.startswith(("gmar/", "gmar_step/")) and math.isfinite(value)
     }
 
 

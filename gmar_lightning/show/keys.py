@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from gmar_lightning.explain.rollout import Rollout
+from gmar_lightning.monitor.record import Source
 
 # W&B's x-axis, under the name that Lightning's own WandbLogger gives it.
 STEP = "trainer/global_step"
@@ -121,6 +122,11 @@ KEYS: Mapping[str, Key] = {
     ),
     FAITHFULNESS: Key("insertion - deletion of the maps when it was last measured", "summary"),
 }
+
+
+def of_source(name: str, source: Source) -> str:
+    """The name under which a record of this source logs: `gmar_step/...` for what is read off training steps."""
+    return name if source == "probe" else name.replace("gmar", "gmar_step", 1)
 
 
 def test_of_maps(name: str) -> str:

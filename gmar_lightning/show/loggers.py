@@ -64,7 +64,7 @@ class MLFlowAdapter(Adapter):
         """The report as an artifact, the summary as tags, by which MLflow filters runs."""
         client, run = self.logger.experiment, self.logger.run_id
         if ending.report is not None:
-            client.log_artifact(run, str(ending.report), "gmar")
+            client.log_artifact(run, str(ending.report), self.key("gmar"))
         for name, value in ending.summary.items():
             client.set_tag(run, self.prefixed(name), str(value))
 

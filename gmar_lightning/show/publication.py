@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gmar_lightning.monitor.record import Source
 from gmar_lightning.show import keys
 
 
@@ -82,9 +83,11 @@ class Adapter:
     Attributes:
         logger: The logger.
         pictures: Whether `publish` sends pictures too.
+        source: Where the numbers come from; decides the names.
     """
 
     pictures = False
+    source: Source = "probe"
 
     def __init__(self, logger: Any) -> None:
         self.logger = logger
@@ -102,6 +105,10 @@ class Adapter:
 
     def close(self, ending: Ending) -> None:
         """Hand over what belongs to the end of a run."""
+
+    def key(self, name: str) -> str:
+        """The name, as this source logs it."""
+        return keys.of_source(name, self.source)
 
     def prefixed(self, name: str) -> str:
         """The name as `log_metrics` of this logger writes it."""

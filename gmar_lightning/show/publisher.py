@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gmar_lightning.monitor.history import History
-from gmar_lightning.monitor.record import ProbeRecord
+from gmar_lightning.monitor.record import ProbeRecord, Source
 from gmar_lightning.monitor.say import SayOnce
 from gmar_lightning.show import keys
 from gmar_lightning.show.console import closing_lines, event_table
@@ -32,7 +33,7 @@ class Display:
         names: Class names, or None.
         image_names: What captions call each image; None for its number alone.
         per_head: Whether every head gets a number.
-        media_every: Pictures at each multiple of this.
+        most_media: Pictures of at most so many probes.
         rollouts: Forms of the map whose pictures are shown beside those of the primary one.
     """
 
@@ -41,7 +42,7 @@ class Display:
     names: Sequence[str] | None = None
     image_names: Sequence[str] | None = None
     per_head: bool = False
-    media_every: int = 1
+    most_media: int = 100
     rollouts: Sequence[str] = ()
 
 
@@ -67,9 +68,17 @@ class Publisher:
     ) -> None:
         self.history, self.loggers, self.display = history, list(loggers), display
         self._say = SayOnce() if say is None else say
+        self._source: Source = "step" if history.run.get("source") == "step" else "probe"
         self._adapters = [adapter_for(logger) for logger in self.loggers]
+        for adapter in self._adapters:
+            adapter.source = self._source
         self._opened = False
         self._shown = self._at = 0
+        self._media_every = 1
+
+    def plan(self, probes: int | None) -> None:
+        """Told how many probes the run will take, None where nobody knows: pictures are spread over them."""
+        self._media_every = max(1, math.ceil((probes or 0) / self.display.most_media))
 
     def show(self, record: ProbeRecord) -> None:
         """Show a probe that the history already has.
@@ -80,7 +89,7 @@ class Publisher:
         self._at = record.step
         if record.failure is not None:
             return
-        due = self._shown % self.display.media_every == 0
+        due = self._shown % self._media_every == 0 and record.source == "probe"
         self._shown += 1
         # Drawn only when they are due: the picture of a whole run takes longer as the run grows.
         media = self._guarded("drawing", lambda: self._drawn(record)) if due else None
@@ -118,7 +127,7 @@ class Publisher:
                 [[row[name] for name in _TABLE] for row in history.rows()],
                 report,
                 history.dir if history.on_disk else None,
-                summary(history),
+                {keys.of_source(name, self._source): value for name, value in summary(history).items()},
             )
             self._to_loggers(lambda adapter: adapter.close(ending))
         flagged = history.records[-1].flagged if history.records else ()
@@ -130,6 +139,7 @@ class Publisher:
             run_seconds=seconds[1],
             flagged=[(history.layers[layer], head) for layer, head in flagged],
             folder=history.dir if history.on_disk else None,
+            source=self._source,
             wandb_offline=self._guarded("WandbLogger", lambda: offline_run(self.loggers)),
         )
         return lines + event_table(history.events)
@@ -147,7 +157,9 @@ class Publisher:
         heads, display = self.history.heads, self.display
         numbers = scalars(record, heads, display.per_head)
         hidden = (
-            frozenset(name for name, _ in keys.head_names(heads)) if display.per_head else frozenset[str]()
+            frozenset(keys.of_source(name, record.source) for name, _ in keys.head_names(heads))
+            if display.per_head
+            else frozenset[str]()
         )
         events = [asdict(event) for event in record.events]
         if media is None:
@@ -171,7 +183,12 @@ class Publisher:
             settings = self.history.run.get("settings") or {}
             adapter.open(settings, list(publication.scalars), publication.hidden)
             name = type(adapter.logger).__name__
-            if not adapter.pictures and self.history.on_disk and name != "DummyLogger":
+            if (
+                self._source == "probe"
+                and not adapter.pictures
+                and self.history.on_disk
+                and name != "DummyLogger"
+            ):
                 self._say(f"GMARCallback: {name} takes numbers only; the pictures are in {self.history.dir}")
         adapter.publish(publication)
 

@@ -44,7 +44,7 @@ def write_report(dirs: Sequence[str | Path] | str | Path, out: str | Path | None
 
     Raises:
         FileNotFoundError: a folder holds no record.
-        ValueError: no folder given, or a record is unreadable.
+        ValueError: no folder given, a record is unreadable, or one is of probes and another of training steps.
     """
     folders = [Path(dirs)] if isinstance(dirs, (str, Path)) else [Path(folder) for folder in dirs]
     if not folders:
@@ -66,6 +66,7 @@ def render_report(histories: Sequence[History], names: Sequence[str]) -> str:
     )
     scripts = [folder.joinpath("page", f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS]
     script = '"use strict";\n(() => {\n' + "\n".join(scripts) + "})();\n"
+    check_comparable(histories)
     limit = _LIMIT_ONE if len(histories) == 1 else _LIMIT_SEVERAL
     share = (limit - len(template) - len(style) - len(script)) // len(histories)
     runs = [fitted_run(history, name, share) for history, name in zip(histories, names, strict=True)]
@@ -82,6 +83,20 @@ def render_report(histories: Sequence[History], names: Sequence[str]) -> str:
         before, template = template.split("{{" + placeholder + "}}")
         parts += [before, filling]
     return "".join([*parts, template])
+
+
+def check_comparable(histories: Sequence[History]) -> None:
+    """Refuse to set probes beside training steps.
+
+    Raises:
+        ValueError: One record is of probes, another was read off training steps.
+    """
+    sources = {history.run.get("source", "probe"): history.dir for history in histories}
+    if len(sources) > 1:
+        raise ValueError(
+            f"{sources['step']} was read off training steps and {sources['probe']} is of probes: their numbers are "
+            "not comparable"
+        )
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:

@@ -42,11 +42,12 @@ class WandbAdapter(Adapter):
     def open(self, settings: Mapping[str, Any], scalars: Sequence[str], hidden: frozenset[str]) -> None:
         """Define every key and put the settings into `config.gmar`."""
         run = self.logger.experiment
-        run.config.update({"gmar": dict(settings)}, allow_val_change=True)
+        run.config.update({self.key("gmar"): dict(settings)}, allow_val_change=True)
         # Every key by its exact name: overlapping globs are resolved at random, and a run that existed before
         # the logger has no step metric at all.
         run.define_metric(keys.STEP)
-        for name in (*scalars, *keys.of_kind("pictures", "picture", "histogram", "growing table")):
+        media = keys.of_kind("pictures", "picture", "histogram", "growing table")
+        for name in (*scalars, *map(self.key, media)):
             if name in hidden:
                 run.define_metric(self.prefixed(name), step_metric=keys.STEP, hidden=True, summary="none")
             else:
@@ -75,9 +76,9 @@ class WandbAdapter(Adapter):
         import wandb
 
         table = wandb.Table(columns=list(_HEAD_COLUMNS), data=[list(row) for row in ending.rows])
-        last: dict[str, Any] = {keys.HEAD_TABLE: table}
+        last: dict[str, Any] = {self.key(keys.HEAD_TABLE): table}
         if ending.report is not None:
-            last[keys.REPORT] = wandb.Html(ending.report.read_text(encoding="utf-8"), inject=False)
+            last[self.key(keys.REPORT)] = wandb.Html(ending.report.read_text(encoding="utf-8"), inject=False)
         self.logger.log_metrics(last, step=ending.step)
         run = self.logger.experiment
         run.summary.update({self.prefixed(key): value for key, value in ending.summary.items()})
@@ -85,7 +86,7 @@ class WandbAdapter(Adapter):
             if path is None:
                 continue
             # One name per run: a resumed run adds a version.
-            artefact = wandb.Artifact(f"gmar-{kind}-{run.id}", type=f"gmar-{kind}")
+            artefact = wandb.Artifact(self.key(f"gmar-{kind}-{run.id}"), type=f"gmar-{kind}")
             artefact.add_dir(str(path)) if path.is_dir() else artefact.add_file(str(path))
             run.log_artifact(artefact)
 
@@ -93,9 +94,9 @@ class WandbAdapter(Adapter):
         """The tables that have new rows, by key."""
         grown = {}
         if shown.events:
-            grown[keys.EVENTS] = self._table(keys.EVENTS, _EVENT_COLUMNS)
+            events = grown[self.key(keys.EVENTS)] = self._table(self.key(keys.EVENTS), _EVENT_COLUMNS)
             for event in shown.events:
-                grown[keys.EVENTS].add_data(*(_cell(event.get(name)) for name in _EVENT_COLUMNS))
+                events.add_data(*(_cell(event.get(name)) for name in _EVENT_COLUMNS))
         if shown.image_rows and len(shown.heatmaps):
             grown[keys.IMAGES] = self._table(keys.IMAGES, _IMAGE_COLUMNS)
             for row in _image_rows(shown):

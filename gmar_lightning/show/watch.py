@@ -82,6 +82,8 @@ class Screen:
     def __init__(self, history: History) -> None:
         self._layers = history.layers
         self._drawn = 0
+        if history.run.get("source") == "step":
+            print("  read off training steps: the loss on training batches, not comparable with probes")
         print(
             coloured(
                 f"  {'step':>8} {'epoch':>5} {'flagged':>7} {'effective':>9} {'weakest':>7} {'drift':>6}",

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import timm
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gmar_lightning import gmar
+from gmar_lightning.explain.rollout import Rollout
 from tests.helpers.reference import reference
 
 MIB = 2**20
@@ -61,7 +62,10 @@ def operations(run: Callable[[], object]) -> int:
 
 
 def operation_row(name: str, size: int, beside: bool = True) -> dict[str, float]:
-    """Cost of one image in forward passes: L1, L2, and (`beside` them) the materialised reference."""
+    """Cost of one image in forward passes.
+
+    L1, L2, what a probe asks for (all forms, signals, head maps) and, `beside` them, the materialised reference.
+    """
     return _in_forwards(_counted(name, size, beside))
 
 
@@ -78,6 +82,9 @@ def _counted(name: str, size: int, beside: bool, **options: int) -> dict[str, in
     gmar(model, image)  # the first call looks at the model once; later ones do not
     for norm in ("l1", "l2"):
         counted[norm] = operations(functools.partial(gmar, model, image, norm=norm))
+    counted["probe"] = operations(
+        lambda: gmar(model, image, rollout=get_args(Rollout), signals=True, head_maps=True)
+    )
     if beside:
         grid = (size // 16, size // 16)
         counted["reference"] = operations(lambda: reference(model, image, grid=grid))

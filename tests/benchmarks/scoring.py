@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gmar_lightning.explain.explained import runner_up
 from gmar_lightning.explain.faithfulness import (
     probability_area,
     relative_drop,
@@ -16,7 +17,7 @@ from gmar_lightning.explain.faithfulness import (
 from gmar_lightning.explain.gmar import gmar
 from gmar_lightning.explain.localisation import energy_in_mask, pointing_game
 from gmar_lightning.explain.perturbation import perturbing
-from gmar_lightning.explain.sanity import rank_correlation, runner_up, shuffled_top_block
+from gmar_lightning.explain.sanity import rank_correlation, shuffled_top_block
 
 METHODS = {
     "last-layer attention": {"norm": "uniform", "rollout": "last_layer"},

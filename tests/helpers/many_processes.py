@@ -65,6 +65,8 @@ DDP_ROWS: dict[str, tuple[Callable[[], Classifier], dict[str, Any], dict[str, An
     "uneven probe": (Classifier, {}, {"num_images": 7, "micro_batch_size": 2}),
     "BatchNorm": (BatchNormHead, {}, {}),
     "failure on one process": (FailsOnOne, {}, {"on_error": "warn"}),
+    "an interval that adapts": (Classifier, {"max_epochs": 6}, {"every_n_train_steps": "auto"}),
+    "read off steps": (Classifier, {}, {"read": "step"}),
 }
 
 
@@ -79,9 +81,11 @@ def train(name: str, folder: Path) -> dict[str, Any]:
     settings = {"strategy": "ddp", "devices": 2, "max_epochs": 2, **trainer}
     place = folder / name.replace(" ", "_")
     made: list[Classifier] = []
+    at_first: dict[str, Any] = {}
 
     def kept() -> Classifier:
         made.append(module())
+        at_first.update(copy.deepcopy(made[-1].state_dict()))
         return made[-1]
 
     with_it, _, _ = run_and_digest(
@@ -89,11 +93,12 @@ def train(name: str, folder: Path) -> dict[str, Any]:
     )
     if dist.get_rank() == 0:
         torch.save(made[0].state_dict(), place / "last.pt")
+        torch.save(at_first, place / "first.pt")
     # Rows that train alike have the same run to be compared with.
     alike = (module, repr(sorted(settings.items())))
     if alike not in _without:
         _without[alike] = run_and_digest(place, module, loaders, **settings)[0]
-    return {"with": with_it, "without": _without[alike]}
+    return {"with": with_it, "without": _without[alike], "first batch": made[0].order.indices[:4]}
 
 
 def explained(
