@@ -129,11 +129,46 @@ def check_fit(trainer: Trainer, pl_module: LightningModule, module: str | None) 
             "Trainer(barebones=True) switches everything off that costs time; GMARCallback is such a thing. "
             "Remove one of the two."
         )
+    check_strategy(trainer.strategy)
     if module is None and type(pl_module).forward is LightningModule.forward:
         children = ", ".join(name for name, _ in pl_module.named_children()) or "none"
         raise ConfigurationError(
             f"{type(pl_module).__name__} defines no forward(images) -> logits. Name the classifier inside it "
             f"with GMARCallback(module=...); its children: {children}"
+        )
+
+
+# By class name, so that nothing is imported: what these do to weights was never tried with a probe.
+_STRATEGIES = {
+    "DeepSpeedStrategy": "its engine owns forward, backward and weights, which stage 3 partitions",
+    "XLAFSDPStrategy": "its sharded weights cannot be gathered for a probe",
+    "MegatronStrategy": "it cuts single layers up between processes (tensor and pipeline parallelism)",
+    "ColossalAIStrategy": "its engine owns forward, backward and weights",
+}
+
+
+def check_strategy(strategy: Any) -> None:
+    """Refuse a strategy under which no process can run the model by itself.
+
+    Args:
+        strategy: The trainer's strategy; FSDP and data-parallel ones pass.
+
+    Raises:
+        ConfigurationError: Naming the strategy, the reason, and what works.
+    """
+    names = [kind.__name__ for kind in type(strategy).__mro__]
+    reason = next((_STRATEGIES[name] for name in names if name in _STRATEGIES), None)
+    if "ModelParallelStrategy" in names:
+        size = getattr(strategy, "_tensor_parallel_size", 1)  # "auto" until the processes have met
+        if size != 1:
+            reason = (
+                f"tensor_parallel_size={size!r} splits the heads of a layer between processes, so that no process "
+                "sees whole attention maps; with tensor_parallel_size=1 it shards by fully_shard, which works"
+            )
+    if reason is not None:
+        raise ConfigurationError(
+            f"GMARCallback cannot work under {type(strategy).__name__}: {reason}. Single-device, DDP, FSDP and "
+            "ModelParallelStrategy(tensor_parallel_size=1) are supported."
         )
 
 

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy as LightningDeepSpeedStrategy
 from torch.nn import functional
 
 from gmar_lightning import History
+from gmar_lightning.arguments import ConfigurationError, check_strategy
 from gmar_lightning.explain.training_step import StepReader
 from gmar_lightning.monitor.explanation import explain_together
 from gmar_lightning.monitor.probe import draw_probe
@@ -49,7 +52,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
         for rank in (0, 1)
     ]
     try:
-        codes = [process.wait(timeout=420) for process in processes]
+        codes = [process.wait(timeout=600) for process in processes]
     except subprocess.TimeoutExpired:
         codes = ["deadlock"]
     finally:
@@ -121,6 +124,78 @@ def test_sharded_model_gives_the_same_numbers(kind: str, ran: Any) -> None:
         np.testing.assert_allclose(found["sharded"], found["whole"], rtol=1e-5)
         assert found["maps"] < 1e-6
         assert found["layers"][0] == found["layers"][1]
+
+
+@pytest.mark.parametrize("kind", ["fully_shard", "FullyShardedDataParallel"])
+def test_one_block_is_whole_at_a_time(kind: str, ran: Any) -> None:
+    """Counted at every operation, forward and backward; the model has three blocks."""
+    assert [results[kind]["most whole"] for results in ran[1]] == [1, 1]
+
+
+@pytest.mark.parametrize("kind", ["fully_shard", "FullyShardedDataParallel"])
+def test_processes_may_be_out_of_step(kind: str, ran: Any) -> None:
+    first, second = (results[kind] for results in ran[1])
+    assert first["unequal"] < 1e-5
+    assert second["unequal"] < 1e-5
+    assert first["failure"] == "ProbeError: on process 1: RuntimeError: only here"
+    assert second["failure"] == "RuntimeError: only here"
+
+
+@pytest.mark.parametrize("kind", ["fully_shard", "FullyShardedDataParallel"])
+def test_sharded_layers_that_are_computed_anew(kind: str, ran: Any) -> None:
+    assert all(results[kind]["checkpointed"] < 1e-6 for results in ran[1])
+
+
+@pytest.mark.parametrize("kind", ["fully_shard", "FullyShardedDataParallel"])
+def test_gates_of_sharded_blocks_are_looked_behind(kind: str, ran: Any) -> None:
+    assert all("mixed outside the attention" in results[kind]["closed gate"] for results in ran[1])
+
+
+def test_the_precision_of_sharded_blocks_is_their_policy(ran: Any) -> None:
+    for results in ran[1]:
+        sharded, whole = results["half precision"]
+        np.testing.assert_allclose(sharded, whole, rtol=2e-2)
+
+
+def test_training_under_lightnings_strategy_for_fully_shard_is_the_same(ran: Any) -> None:
+    for results in ran[1]:
+        assert results["model_parallel"]["with"] == results["model_parallel"]["without"]
+    lines = History.load(ran[0] / "model_parallel" / "gmar").records
+    assert len(lines) >= 3
+    assert not any(line.failure for line in lines)
+
+
+def test_tensor_parallelism_is_refused_by_name(ran: Any) -> None:
+    for results in ran[1]:
+        said = results["tensor parallel"]
+        assert said.startswith(
+            "UnsupportedModelError: blocks.0.mlp.fc1.weight is split between processes by tensor"
+        )
+
+
+class DeepSpeedStrategy(DDPStrategy):
+    """Stands for Lightning's, which cannot be made without DeepSpeed; that one is a DDPStrategy, too."""
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        (DeepSpeedStrategy(), "under DeepSpeedStrategy: its engine owns"),
+        (type("Tuned", (DeepSpeedStrategy,), {})(), "under Tuned: its engine owns"),
+        (ModelParallelStrategy(1, 2), "under ModelParallelStrategy: tensor_parallel_size=2"),
+        (ModelParallelStrategy(), "tensor_parallel_size='auto'"),
+    ],
+)
+def test_a_strategy_that_cuts_layers_up_is_refused_by_name(strategy: Any, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        check_strategy(strategy)
+
+
+def test_lightnings_own_class_of_that_name_is_meant() -> None:
+    assert issubclass(LightningDeepSpeedStrategy, DDPStrategy)
+    assert LightningDeepSpeedStrategy.__name__ == "DeepSpeedStrategy"
+    for strategy in (DDPStrategy(), ModelParallelStrategy(2, 1)):
+        check_strategy(strategy)
 
 
 @pytest.mark.parametrize("kind", ["fully_shard", "FullyShardedDataParallel"])

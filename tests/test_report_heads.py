@@ -126,13 +126,21 @@ def test_an_event_leads_to_the_card_of_its_head(chromium, tmp_path):
         probes=14,
         dead=dead,
         head_maps_at=(0, 3),
-        explanation={"ablation_logit": 0.02, "control_logit": 0.31},
+        explanation={
+            "ablation_logit": 0.02,
+            "control_logit": 0.31,
+            "cause": "output_projection",
+            "evidence": "output norm 1, gradient norm 0.002 of what it was",
+        },
     )
     page = Page(chromium, write_report(tmp_path))
     page.browser.find_elements("css selector", "ol.flags button")[1].click()
     assert page.where.startswith("step 499 ")
     assert "blocks.3.attn head 4" in text(page, "#cardname")
     assert "Zeroing it changes the logit by 0.02; zeroing an unflagged head of its layer by 0.31" in text(
+        page, "#cardtext"
+    )
+    assert "cause: output projection (output norm 1, gradient norm 0.002 of what it was)" in text(
         page, "#cardtext"
     )
     time.sleep(0.2)

@@ -252,10 +252,10 @@ def _recorded(given: CallArguments, trace: ModuleTrace, **place: Any) -> Attenti
     """A call before its output is known; the values stand in its place."""
     return AttentionCall(
         name=given.name,
-        q=given.q.detach(),
-        k=given.k.detach(),
-        v=given.v.detach(),
-        mask=None if given.mask is None else given.mask.detach(),
+        q=_kept(given.q),
+        k=_kept(given.k),
+        v=_kept(given.v),
+        mask=None if given.mask is None else _kept(given.mask),
         scale=given.scale,
         output=given.v.detach(),
         causal=given.causal,
@@ -267,6 +267,12 @@ def _recorded(given: CallArguments, trace: ModuleTrace, **place: Any) -> Attenti
         mixers_before=len(trace.mixers),
         **place,
     )
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    # A learned query or bias is copied: sharding frees the memory of weights when their module has run.
+    learned = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+    return tensor.detach().clone() if learned else tensor.detach()
 
 
 def _with_output(call: AttentionCall, output: Tensor) -> AttentionCall:

@@ -117,6 +117,13 @@ def _arranged(call: AttentionCall, batch: int) -> AttentionCall:
     count = 1
     for axis in heads:
         count *= lead[axis]
+    if count == 1 and (run := _heads_in_front(call, len(call.q) // batch)) > 1:
+        # (images * heads, windows): the heads go behind the windows.
+        apart = [0, *range(2, len(lead) + 1), 1]
+        return _reshaped(
+            call,
+            lambda x: x.unflatten(0, (-1, run)).permute(*apart, -2, -1).reshape(-1, run, *x.shape[-2:]),
+        )
     if order == [0, 1] and len(lead) == 2 and heads:
         return call
     return _reshaped(call, lambda x: x.permute(*order, -2, -1).reshape(-1, count, *x.shape[-2:]))
@@ -130,15 +137,21 @@ def _merged(call: AttentionCall, batch: int) -> tuple[Callable[[Tensor], Tensor]
     inner = rows // outer
     if inner == 1:
         return (lambda x: x[:, None]), False
-    first = _support(call, (0, 0))
-    run = 1
-    while run < inner and _equal(first, _support(call, (run, 0))):
-        run += 1
-    while inner % run:
-        run -= 1
+    first, run = _support(call, (0, 0)), _heads_in_front(call, inner)
     if run == 1 and _equal(first, _support(call, (outer, 0))):
         return (lambda x: x.unflatten(0, (inner, outer)).transpose(0, 1)), True
     return (lambda x: x.unflatten(0, (-1, run))), False
+
+
+def _heads_in_front(call: AttentionCall, inner: int) -> int:
+    """How many neighbours on the first axis, `inner` to an image, were computed from the same input: heads."""
+    rest = [0] * (call.q.ndim - 2)
+    first, run = _support(call, (0, *rest)), 1
+    while run < inner and _equal(first, _support(call, (run, *rest))):
+        run += 1
+    while inner % run:
+        run -= 1
+    return run
 
 
 def _reshaped(call: AttentionCall, view: Callable[[Tensor], Tensor]) -> AttentionCall:

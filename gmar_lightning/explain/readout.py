@@ -126,6 +126,7 @@ def _check_last_block(found: Recording, read: Tensor) -> None:
     edges: Any = [call.edge for call in calls]
     score = (tokens[:, one] * direction(tokens)).sum()
     grads = check_reached(calls, torch.autograd.grad(score, edges, retain_graph=True, allow_unused=True))
+    grads = [call.arrange(grad) for call, grad in zip(calls, grads, strict=True)]
     only = torch.zeros(tokens.shape[:2], device=tokens.device)
     only[:, one] = 1
     check_rows_apart(calls, grads, only)
@@ -202,7 +203,7 @@ def readout_rows(token_grad: Tensor) -> Tensor:
         first = unread.int().argmax(-1)
         example = grad[torch.arange(len(grad), device=grad.device), first][:, None]
         alike = unread & ((grad - example).abs().amax(-1) <= tolerance)
-        groups.append(alike / alike.sum(-1, keepdim=True).clamp_min(1))
+        groups.append(alike.to(grad.dtype) / alike.sum(-1, keepdim=True).clamp_min(1))
         examples.append(example * alike.any(-1)[:, None, None])
         unread = unread & ~alike
     # Two winners of a max pool share the channels out between them; two pooled tokens are read on all.

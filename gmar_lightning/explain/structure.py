@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -31,12 +32,31 @@ def attributes_kept(classifier: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
+_gates: ContextVar[bool] = ContextVar("gates", default=False)
+
+
 @contextmanager
 def gates_open(classifier: nn.Module) -> Iterator[None]:
     """Parameters near zero exchanged for others of ordinary size, which the module holds inside the block only."""
-    generator, held = torch.Generator().manual_seed(3), []
+    token = _gates.set(True)
     try:
-        for module in classifier.modules():
+        with gates_open_in(classifier.modules()):
+            yield
+    finally:
+        _gates.reset(token)
+
+
+def when_gates_are_open() -> bool:
+    """Whether this is inside of `gates_open`: whoever puts weights in place there opens theirs as well."""
+    return _gates.get()
+
+
+@contextmanager
+def gates_open_in(modules: Iterable[nn.Module], seed: int = 3) -> Iterator[None]:
+    """As `gates_open`, in these modules alone, with the values of a seed."""
+    generator, held = torch.Generator().manual_seed(seed), []
+    try:
+        for module in modules:
             if isinstance(module, torch.jit.ScriptModule):
                 continue
             for name, parameter in list(module._parameters.items()):
@@ -53,8 +73,9 @@ def gates_open(classifier: nn.Module) -> Iterator[None]:
 
 
 def _is_closed(parameter: nn.Parameter) -> bool:
-    # Sharded parameters (DTensor, flat ones) are left as they are.
+    # Sharded parameters (DTensor, flat ones, freed ones) are left as they are.
     plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
+    plain = plain and parameter.untyped_storage().nbytes() > 0
     if not plain or not parameter.is_floating_point() or not parameter.numel():
         return False
     return bool(parameter.detach().abs().max() < _CLOSED)

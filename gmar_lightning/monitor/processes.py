@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,8 +17,12 @@ import torch.distributed as dist
 from torch import nn
 
 from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.monitor.sharded import Gathering, check_weights, units_of
 
 Result = TypeVar("Result")
+
+# What puts sharded weights together for the probe that is being taken.
+_gathering: ContextVar[Gathering | None] = ContextVar("gathering", default=None)
 
 
 class ProbeError(RuntimeError):
@@ -68,8 +73,9 @@ def joined(parts: Sequence[Mapping[str, np.ndarray]], count: int) -> dict[str, n
 def on_every_process(work: Callable[[], Result]) -> list[Result]:
     """Run `work` on every process and hand everyone all results, or the same failure.
 
-    Nobody leaves before all have reported, so a failure on one process cannot leave the others waiting.
-    (A model that communicates in its own forward can still wait for a process that failed in it.)
+    Nobody leaves before all have reported, so a failure on one process cannot leave the others waiting: it goes on
+    helping them to gather sharded weights. (A model that communicates in its own forward can still wait for a process
+    that failed in it.)
 
     Raises:
         MemoryError: When some process ran out of memory.
@@ -86,6 +92,8 @@ def on_every_process(work: Callable[[], Result]) -> list[Result]:
         else:
             own = error
             outcome = ("refused" if refused(error) else "failed", f"{type(error).__name__}: {error}")
+    if (gathering := _gathering.get()) is not None:
+        gathering.finish()
     try:
         outcomes = _from_all(outcome)
         if own is not None:
@@ -130,30 +138,28 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Hold the same, whole model on every process: sharded weights put together, buffers of the first process.
+    """Let passes of a probe run on every process by themselves: weights where they are needed, the same buffers.
 
-    Entered once per probe, around everything the probe asks of the model.
-
-    Buffers (running statistics) drift apart between processes until the next training forward. And a probe
-    runs backward several times over parts of one graph, which sharding's own gathering, made for one backward
-    per forward, does not foresee. As no forward communicates inside, a process that fails in one leaves nobody
-    waiting. Costs the memory of the unsharded weights under FSDP (version 1 or 2).
+    Entered once per probe, around everything the probe asks of the model; inside, passes run within
+    `on_every_process`. Buffers (running statistics) drift apart between processes until the next training forward:
+    those of the first process are taken. Weights that FSDP (version 1 or 2) has sharded are put together unit by
+    unit, see `sharded`.
 
     Args:
         model: The model; every process must enter and leave together.
+
+    Raises:
+        UnsupportedModelError: When weights are cut up otherwise (tensor parallelism, DeepSpeed).
     """
+    check_weights(model)
     with ExitStack() as stack:
         if dist.is_available() and dist.is_initialized():
-            from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-            wrappers = [part for part in model.modules() if isinstance(part, FullyShardedDataParallel)]
-            if wrappers:
-                # writeback=False: a probe changes no weight, so nothing has to be cut up again.
-                stack.enter_context(FullyShardedDataParallel.summon_full_params(model, writeback=False))
-                stack.enter_context(_unwrapped(wrappers))
-            sharded = [part for part in model.modules() if isinstance(part, FSDPModule)]
-            if sharded:
-                stack.enter_context(_unsharded(sharded))
+            units = units_of(model)
+            if units:
+                gathering = Gathering(units)
+                token = _gathering.set(gathering)
+                stack.callback(_gathering.reset, token)
+                stack.enter_context(gathering.open())
             stack.enter_context(_buffers_of_first(model))
         yield
 
@@ -170,44 +176,3 @@ def _buffers_of_first(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in kept:
                 buffer.copy_(value)
-
-
-@contextmanager
-def _unwrapped(wrappers: list[Any]) -> Iterator[None]:
-    # A wrapper's own forward would gather again and register its hooks for one backward; the instance
-    # attribute hides the method of its class, and leaves without a trace.
-    try:
-        for wrapper in wrappers:
-            vars(wrapper)["forward"] = wrapper.module.__call__
-        yield
-    finally:
-        for wrapper in wrappers:
-            vars(wrapper).pop("forward", None)
-
-
-@contextmanager
-def _unsharded(modules: list[Any]) -> Iterator[None]:
-    states = [module._get_fsdp_state() for module in modules]
-    for state in states:
-        state._lazy_init()  # or the first forward would do it in the middle, on settings that are not the user's
-    # Two settings of a parameter group decide what its hooks do around forward and backward:
-    # `post_forward_mesh_info` None = no resharding after a forward; `reshard_after_backward` False = none after
-    # a backward. So the weights that `unshard` gathered stay whole through all passes of a probe.
-    groups = [group for state in states for group in _groups(state)]
-    kept = [(group, group.post_forward_mesh_info, group.reshard_after_backward) for group in groups]
-    try:
-        for module in modules:
-            module.unshard()
-        for group in groups:
-            group.post_forward_mesh_info, group.reshard_after_backward = None, False
-        yield
-    finally:
-        for group, mesh, reshard in kept:
-            group.post_forward_mesh_info, group.reshard_after_backward = mesh, reshard
-        for module in modules:
-            module.reshard()
-
-
-def _groups(state: Any) -> list[Any]:
-    several = getattr(state, "_fsdp_param_groups", None)  # newer torch; older has one
-    return list(several) if several is not None else [g for g in (state._fsdp_param_group,) if g is not None]

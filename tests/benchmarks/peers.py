@@ -3,7 +3,8 @@
 Run `python -m tests.benchmarks.peers [--size 224] [--models vit_tiny_patch16_224 ...] [--batch 1]`. The peers are
 installed into an environment of their own (which sees the packages of this one); one that cannot be installed or
 run is skipped with a sentence. All methods take turns in one process, so that a noisy machine is noisy for all of
-them; the figures are medians of CPU time over the rounds, divided by the median of a plain forward. Memory is the
+them; the figures are medians of CPU time over the rounds, divided by the median of a plain forward (of torchvision's
+model where that is what is explained). Memory is the
 growth of the process's peak in a process of its own (Linux alone).
 """
 
@@ -104,16 +105,53 @@ def captum_saliency(model: nn.Module, images: Tensor) -> Any:
     return Saliency(model).attribute(images.clone().requires_grad_(), targets)
 
 
+def torchvision_twin(model: Any) -> nn.Module:
+    """The torchvision model of the same sizes, which torchcam's LeGrad asks for; made once."""
+    from torchvision.models import VisionTransformer
+
+    if not hasattr(model, "_twin"):
+        block, patches = model.blocks[0], model.patch_embed
+        twin = VisionTransformer(
+            image_size=patches.img_size[0],
+            patch_size=patches.patch_size[0],
+            num_layers=len(model.blocks),
+            num_heads=block.attn.num_heads,
+            hidden_dim=model.embed_dim,
+            mlp_dim=block.mlp.fc1.out_features,
+        )
+        # Its head starts at zero: random, or there would be no gradient.
+        nn.init.normal_(twin.heads[-1].weight, std=0.02)
+        object.__setattr__(model, "_twin", twin.eval())
+    return model._twin
+
+
+def twin_forward(model: nn.Module, images: Tensor) -> Any:
+    return forward(torchvision_twin(model), images)
+
+
+def legrad(model: nn.Module, images: Tensor) -> Any:
+    from torchcam.methods import LeGrad  # pyright: ignore[reportMissingImports]
+
+    twin: Any = torchvision_twin(model)
+    with LeGrad(twin, list(twin.encoder.layers)) as explain:
+        scores = twin(images)
+        return explain(scores.argmax(-1).tolist(), scores)
+
+
+ALL_FORMS = ("gradient", "paper", "flow", "rollout", "last_layer")
+_TWIN = "plain forward, torchvision's model"
 METHODS: dict[str, tuple[Explain, str]] = {
     "plain forward": (forward, ""),
+    _TWIN: (twin_forward, "torchvision"),
     "floor: forward + activation backward": (floor, ""),
-    "gmar, one form": (ours(), ""),
-    "gmar, all forms and signals": (
-        ours(rollout=("gradient", "paper", "flow", "rollout", "last_layer"), signals=True),
+    "gmar, L1, one form": (ours(), ""),
+    "the callback's explanation (five forms, signals, head maps)": (
+        ours(rollout=ALL_FORMS, signals=True, head_maps=True),
         "",
     ),
     "materialised maps, autograd": (materialised_maps, ""),
     "daam-timm-vit": (daam, "daam-timm-vit"),
+    "torchcam LeGrad, all layers": (legrad, "torchcam"),
     "grad-cam (one layer, no heads)": (grad_cam, "grad-cam"),
     "captum saliency (pixels, no heads)": (captum_saliency, "captum"),
 }
@@ -142,17 +180,18 @@ def seconds(name: str, size: int, batch: int, rounds: int) -> dict[str, float | 
                     spent[method].append(time.process_time() - start)
             except Exception as error:  # a peer's failure is a result
                 broken[method] = f"{type(error).__name__}: {error}".splitlines()[0][:60]
-            for parameter in model.parameters():
-                parameter.grad = None
-            model.eval()
+            for each in (model, torchvision_twin(model)):
+                for parameter in each.parameters():
+                    parameter.grad = None
+                each.eval()
     return {m: broken.get(m) or statistics.median(spent[m]) for m in METHODS}
 
 
 def peak_megabytes(name: str, size: int, batch: int, method: str) -> float:
     """Growth of the process's peak memory; to be asked in a process of its own."""
     model, images = build(name, size), torch.randn(batch, 3, size, size)
-    forward(model, images[:1, :, :, :])
     explain = METHODS[method][0]
+    forward(torchvision_twin(model) if explain in (legrad, twin_forward) else model, images[:1])
     # A child inherits its parent's peak; 5 resets it to what is resident now.
     Path("/proc/self/clear_refs").write_text("5")
     before = _peak()
@@ -203,7 +242,8 @@ def table(models: list[str], size: int, batch: int, rounds: int) -> None:
             command = [sys.executable, "-m", "tests.benchmarks.peers", "--memory", method, "--models", name]
             command += ["--size", str(size), "--batch", str(batch)]
             memory = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "?"
-            print(f"| {method} | {version_of(package)} | {value / unit:.2f} | {memory} |", flush=True)
+            own = found[_TWIN] if package in ("torchcam", "torchvision") else unit
+            print(f"| {method} | {version_of(package)} | {value / float(own):.2f} | {memory} |", flush=True)
 
 
 def main() -> None:

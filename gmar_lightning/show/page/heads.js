@@ -1,7 +1,7 @@
 function cellSize(layers, heads, room) {
   return Math.max(
     9,
-    Math.min(56, Math.floor((room - 48) / Math.max(heads, 1)), Math.floor(440 / Math.max(layers, 1))),
+    Math.min(80, Math.floor((room - 48) / Math.max(heads, 1)), Math.floor(440 / Math.max(layers, 1))),
   );
 }
 function gridShape(run, room) {
