@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from gmar_lightning.arguments import (
 from gmar_lightning.chosen import Choice
 from gmar_lightning.explain.gmar import check_form
 from gmar_lightning.explain.importance import Norm
+from gmar_lightning.explain.output import Output
 from gmar_lightning.explain.rollout import Rollout
 from gmar_lightning.monitor.collapse import CollapseDetector
 from gmar_lightning.monitor.probe import ProbeBatch
@@ -40,7 +40,8 @@ from gmar_lightning.monitor.say import SayOnce
 from gmar_lightning.monitor.schedule import repeats
 from gmar_lightning.monitor.settings import ProbeSettings, Target
 from gmar_lightning.probe_taker import ProbeTaker
-from gmar_lightning.recording import Reaction, Recording, Showing, Tolerance, described
+from gmar_lightning.reaction import Reaction
+from gmar_lightning.recording import Recording, Showing, Tolerance, described
 from gmar_lightning.run_state import RunState, continuable
 from gmar_lightning.show.dashboard import as_metrics
 from gmar_lightning.step_watch import StepWatch, stop_watching
@@ -55,9 +56,8 @@ from gmar_lightning.trainer import (
 class GMARCallback(Callback):
     """Watch a Vision Transformer while it trains: heatmaps, head importance, heads that collapse.
 
-    A fixed, class-balanced batch of validation images is explained before the first optimizer step, at every
-    interval and at the end. Training is not disturbed: with and without the callback, the final weights are
-    bit-identical.
+    A fixed, class-balanced batch of validation images is explained before the first step, at every interval and at
+    the end. Training is not disturbed: with and without the callback, the final weights are bit-identical.
 
     What is logged, on the x-axis of Lightning's own training rows, is the table of `show.keys`; its numbers are in
     `trainer.callback_metrics` too, for other callbacks to monitor.
@@ -92,10 +92,10 @@ class GMARCallback(Callback):
         log_per_head: One scalar per head, hidden from automatic panels.
         max_events: Pictures of at most so many probes are logged; scalars always are.
         save_dir: Local record; `<trainer log dir>/gmar` when None.
+        output: As for `gmar`; None finds out, from metrics, losses and labels too.
         verify: Whether the first probe also copies the weights, to see whether the forward writes them.
-        read: "probe", or "step": no probes; L2 importance and contribution of each head are read off the training
-            steps that are due, of the loss on the training batch, without a forward or a picture of their own. Logged
-            as `gmar_step/...`, as they are not comparable with a probe's.
+        read: "probe", or "step": no probes; L2 importance and contribution of each head are read off due training
+            steps, of the loss on their batch, without a forward or a picture. Logged as `gmar_step/...`.
 
     Raises:
         ConfigurationError: For arguments that do not fit, with what to change.
@@ -129,11 +129,12 @@ class GMARCallback(Callback):
         verify: bool = True,
         log_rollouts: Sequence[Rollout] = (),
         read: Source = "probe",
+        output: Output | None = None,
     ) -> None:
         super().__init__()
         try:
             self._schedule = given_schedule(every_n_train_steps, every_n_epochs, read)
-            check_form(norm, rollout, residual, micro_batch_size)
+            check_form(norm, rollout, residual, micro_batch_size, output)
             self._given = given_probe(probe_batch)
             self._choice: Choice | None = given_choice(probe_images, probe_batch)
             beside = beside_primary(rollout, log_rollouts)
@@ -146,8 +147,7 @@ class GMARCallback(Callback):
         self.read: Source = read
         check_target(target, self._given)
         self.num_images, self.module, self.target = num_images, module, target
-        self.norm: Norm = norm
-        self.rollout: Rollout = rollout
+        self.norm, self.rollout = norm, rollout
         self.on_collapse: Literal["warn", "alert", "stop"] | Callable[..., None] = on_collapse
         self.on_error: Literal["warn", "raise"] = on_error
         self.save_dir, self.verify, self._restored = save_dir, verify, None
@@ -164,6 +164,7 @@ class GMARCallback(Callback):
             confirm=confirm,
             faithfulness_every=faithfulness_every,
             drawn=num_heatmaps,
+            output=output,
         )
         self._begin_run()
 
@@ -174,10 +175,10 @@ class GMARCallback(Callback):
         self._prober = Prober(self._settings, detector=fresh, on_error=self.on_error, say=self._say)
         self._taker = ProbeTaker(self._prober, self._given, self._choice, self.verify, self._say)
         self._tolerance = Tolerance(self.on_error, self._say)
-        self._reaction = Reaction(self.on_collapse)
+        self._reaction = Reaction(self.on_collapse, self._tolerance)
         self._recording = Recording(self._tolerance)
         self._steps = StepWatch(self._schedule, self._prober) if self.read == "step" else None
-        self._state = RunState()
+        self._state = RunState(asked=None if self.save_dir is None else str(self.save_dir))
         self._fit_started, self._trainer = time.monotonic(), 0
 
     @property
@@ -213,8 +214,8 @@ class GMARCallback(Callback):
             self._begin_run()
         if restored is not None:
             self._schedule.load_state_dict(restored["schedule"])
-            self._prober.load_state_dict(restored["session"])
-            self._state = RunState.from_checkpoint(restored)
+            self._taker.load_state_dict(restored)
+            self._state = RunState.from_checkpoint(restored, self._state.asked)
         self._trainer, self._fit_started = id(trainer), time.monotonic()
         began, by_step = self._state.last_probe is None, self._schedule.unit == "step"
         if began:
@@ -255,9 +256,7 @@ class GMARCallback(Callback):
         if self._schedule.unit == "epoch" and self._schedule.due(trainer.current_epoch + 1):
             self._run_probe(trainer, pl_module, log_position(trainer, ended=True))
         elif self._schedule.unit == "step" and trainer.global_step == 0:
-            self._say(
-                "GMARCallback: in a whole epoch Lightning counted no optimizer step; use every_n_epochs"
-            )
+            self._say("GMARCallback: Lightning counted no optimizer step in an epoch; use every_n_epochs")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe the trained model, write the report, and say what the run was."""
@@ -276,7 +275,7 @@ class GMARCallback(Callback):
         return {
             **self._state.state_dict(),
             "schedule": self._schedule.state_dict(),
-            "session": self._prober.state_dict(),
+            **self._taker.state_dict(),
             "read": self.read,
         }
 
@@ -296,22 +295,22 @@ class GMARCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, probe: ProbeBatch | None, resumed: bool
     ) -> None:
         state, changed = self._state, self._state.has_other_images(probe, self._say)
-        state.folder = str(self.save_dir or state.folder or default_folder(trainer, self))
+        state.folder = str(state.folder or self.save_dir or default_folder(trainer, self))
         if self._recording.is_open and not changed:
             return
-        on_disk = self.save_dir is not None or not is_smoke_test(trainer)
         self._recording = Recording.open(
             trainer,
             pl_module,
             probe,
             self._showing,
-            folder=Path(state.folder) if on_disk else None,
+            folder=Path(state.folder) if self.save_dir is not None or not is_smoke_test(trainer) else None,
             settings=described(self._settings, self._schedule, self.num_images, self.read),
             schedule=self._schedule,
             resumed=resumed or changed,
             say=self._say,
             tolerance=self._tolerance,
         )
+        state.folder = self._recording.folder or state.folder
         if probe is not None:
             self._prober.begin(probe, *self._recording.seam(self.rollout))
 
@@ -337,12 +336,13 @@ class GMARCallback(Callback):
             rank_zero_info(f"GMARCallback: {chosen}")
             self._recording.plan(trainer, self._schedule)
 
-    def _keep(self, trainer: Trainer, pl_module: LightningModule, record: ProbeRecord) -> None:
+    def _keep(self, trainer: Trainer, pl_module: LightningModule, record: ProbeRecord | None) -> None:
+        if record is None:
+            return
         if record.failure is None:
             trainer.callback_metrics.update(as_metrics(record))
-        self._recording.add(record)
-        react = functools.partial(self._reaction.to, trainer, pl_module, record.events, self._recording.alert)
-        self._tolerance.run("on_collapse", react, record.step)
+        self._recording.add(record, trainer.print)
+        self._reaction.to(trainer, pl_module, record, self._recording.alert)
 
     def _close(self, trainer: Trainer) -> None:
         stop_watching(trainer)

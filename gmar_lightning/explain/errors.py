@@ -7,3 +7,11 @@ class UnsupportedModelError(RuntimeError):
 
 class NoPictureError(UnsupportedModelError):
     """The rollout over all layers is not defined; importance and all else per head is."""
+
+
+class CutOffError(UnsupportedModelError):
+    """The forward cuts the gradient of its attention off, which is right for the training of a linear probe."""
+
+
+class LiveIteratorError(UnsupportedModelError):
+    """The forward draws from something that can be neither rewound nor copied, so a probe would change the run."""

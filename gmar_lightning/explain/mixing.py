@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gmar_lightning.explain.attention import AttentionCall, Recording
-from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.errors import CutOffError, UnsupportedModelError
 from gmar_lightning.explain.inputs import Goal, batch_size, forward, image_key, logits_of, micro_batches
 from gmar_lightning.explain.intercept import CallArguments, intercept_attention, with_four_axes
 from gmar_lightning.explain.isolation import isolated_random_state
@@ -175,7 +175,7 @@ class _Trial:
             lambda given: torch.randn_like(given.compute()) if next(looking) else given.compute(),
         )
         if not torch.equal(logits, self.logits):
-            raise UnsupportedModelError(under_no_grad(self.aside))
+            raise CutOffError(under_no_grad(self.aside))
 
     def run_changed(self, chosen: Tensor, number: int) -> None:
         """Change some tokens at every layer; all others must arrive everywhere as before.

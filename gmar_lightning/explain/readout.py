@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gmar_lightning.explain.attention import AttentionCall, Recording, reaches
-from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.errors import CutOffError, UnsupportedModelError
 from gmar_lightning.explain.intercept import USES_WEIGHTS
 from gmar_lightning.explain.refusals import check_reached
 from gmar_lightning.explain.tokens import direction
@@ -162,7 +162,7 @@ def last_tokens(found: Recording, score: Tensor, image: Tensor | None) -> Tensor
     """
     last, sources = found.calls[-1], _sources(found, image)
     if score.grad_fn is None or not reaches([score.grad_fn], sources):
-        raise UnsupportedModelError(
+        raise CutOffError(
             "the logits carry no gradient back to the attention layers: the model's forward detaches its features "
             "or runs under torch.no_grad(). Freeze with requires_grad_(False) instead."
         )
@@ -173,8 +173,8 @@ def last_tokens(found: Recording, score: Tensor, image: Tensor | None) -> Tensor
             return tokens
     raise UnsupportedModelError(
         f"the logits read more than the tokens that {last.name} ({last.owner}) and its block return: several "
-        "layers, a second backbone or branch, or several passes over the image. Name a single transformer "
-        "classifier inside the model with module=."
+        "layers, a second backbone or branch, or several passes over the image. Name with module= a single "
+        "transformer together with its head, or say with a callable target what one branch returns."
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from gmar_lightning.explain.attention import AttentionCall, Recording
-from gmar_lightning.explain.errors import NoPictureError, UnsupportedModelError
+from gmar_lightning.explain.errors import CutOffError, NoPictureError, UnsupportedModelError
 
 
 def check_visible(found: Recording) -> None:
@@ -24,13 +24,13 @@ def check_visible(found: Recording) -> None:
             "without it), so its heads cannot be scored."
         )
     if not found.calls and found.aside:
-        raise UnsupportedModelError(under_no_grad(found.aside))
+        raise CutOffError(under_no_grad(found.aside))
     if not found.calls:
         seen = f" {_listed(trace.silent)} ran without calling it." if trace.silent else ""
         raise UnsupportedModelError(
             f"no attention seen: no call of scaled_dot_product_attention in the forward pass.{seen} "
-            "If the transformer sits elsewhere, name it with module=; a scripted or exported model must be "
-            "explained as the module it was made from."
+            "If the transformer sits elsewhere, name with module= the part that holds it and its head; a scripted or "
+            "exported model must be explained as the module it was made from."
         )
     if trace.silent:
         raise UnsupportedModelError(
@@ -72,9 +72,9 @@ def check_reached(calls: Sequence[AttentionCall], grads: Sequence[Tensor | None]
     """
     missed = [f"{call.name} ({call.owner})" for call, grad in zip(calls, grads, strict=True) if grad is None]
     if missed:
-        raise UnsupportedModelError(
+        raise CutOffError(
             f"{_listed(missed)} runs, but the logits do not depend on it: the classifier reads an earlier layer, "
-            "or the result is detached. Explain the part up to the layer that is read, with module=."
+            "or the result is detached. Take layers that are not read out of the model."
         )
     return [grad for grad in grads if grad is not None]
 
@@ -84,7 +84,7 @@ def under_no_grad(calls: Sequence[AttentionCall]) -> str:
     return (
         f"{_listed([_named(call) for call in calls])} runs under torch.no_grad() or on detached features inside the "
         "model's own forward, so no gradient reaches its map. Freeze with requires_grad_(False) instead of "
-        "no_grad(), or name the inner module with module=."
+        "no_grad()."
     )
 
 
@@ -110,10 +110,10 @@ def _check_kind(call: AttentionCall) -> None:
     if call.detached:
         raise UnsupportedModelError(
             f"{_named(call)} does not continue the attention layers before it: two transformers, several passes "
-            "over the image, or branches of different length. Name a single classifier with module=."
+            "over the image, or branches of different length. Name one classifier, head included, with module=."
         )
     if not call.output.requires_grad:
-        raise UnsupportedModelError(under_no_grad([call]))
+        raise CutOffError(under_no_grad([call]))
 
 
 def _check_sequence(calls: list[AttentionCall]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Mapping
@@ -9,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import nn
 
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.training_step import StepSignals, over_processes
+from gmar_lightning.monitor.class_scores import explained_classes, recorded_classes, with_known_output
 from gmar_lightning.monitor.collapse import CollapseDetector
 from gmar_lightning.monitor.confirmation import confirm_by_ablation
 from gmar_lightning.monitor.drift import DriftTracker
@@ -23,7 +24,7 @@ from gmar_lightning.monitor.live import FAITHFULNESS, SANITY, measure_faithfulne
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.processes import gathered, on_every_process, refused
 from gmar_lightning.monitor.record import ProbeRecord
-from gmar_lightning.monitor.say import SayOnce
+from gmar_lightning.monitor.say import SayOnce, without_folders
 from gmar_lightning.monitor.settings import ProbeSettings
 
 # So many failures in a row, and no more probes are taken: what fails three times fails always.
@@ -86,6 +87,8 @@ class Prober:
         self._on_error, self._say = on_error, SayOnce() if say is None else say
         self._failed_in_a_row = 0
         self._drift = DriftTracker()
+        # The detector as it was before a state was loaded, until it is known whether that fits the model.
+        self._untaught: tuple[tuple[int, ...], CollapseDetector] | None = None
 
     @property
     def spent(self) -> bool:
@@ -133,7 +136,7 @@ class Prober:
             if self._on_error == "raise" or (first and refused(error)):
                 raise
             self._note_failure(error, moment.step)
-            record = replace(record, failure=f"{type(error).__name__}: {error}")
+            record = replace(record, failure=without_folders(f"{type(error).__name__}: {error}"))
         else:
             self._failed_in_a_row = 0
         return replace(record, seconds=time.monotonic() - started)
@@ -176,7 +179,7 @@ class Prober:
                 raise
             self.taken += 1
             self._note_failure(error, moment.step)
-            return replace(record, failure=f"{type(error).__name__}: {error}")
+            return replace(record, failure=without_folders(f"{type(error).__name__}: {error}"))
         self.taken, self._failed_in_a_row = self.taken + 1, 0
         return replace(
             record,
@@ -197,6 +200,7 @@ class Prober:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         if self.detector is not None and state["detector"] is not None:
+            self._untaught = tuple(state["detector"]["shape"]), copy.deepcopy(self.detector)
             self.detector.load_state_dict(state["detector"])
         self.taken, self.failed = state["taken"], state["failed"]
 
@@ -205,17 +209,19 @@ class Prober:
         assert self.probe is not None, "begin() hands over the images"
         due = self._maps_are_tested(last)
         explanation = self._explained(model, self.probe, record.step, due)
+        classes = explained_classes(model, self.probe, explanation, self.settings) if self.taken == 1 else ""
         signals = explanation.signals()
         events = self._judged(model, self.probe, record, explanation, signals)
         if explanation.scope != "whole":
             self._say(f"GMARCallback: heatmaps: {explanation.scope}. Numbers per head are exact.", "scope")
         return replace(
             record,
-            **_classes(explanation),
+            **recorded_classes(explanation),
             signals=signals,
             maps=explanation.maps,
             head_maps=explanation.head_maps,
             layers=explanation.layers,
+            classes=classes,
             scores=tuple(explanation.scores.tolist()),
             events=tuple(events),
             flagged=tuple(self.detector.flagged) if self.detector is not None else (),
@@ -231,6 +237,7 @@ class Prober:
 
     def _explained(self, model: nn.Module, probe: ProbeBatch, step: int, tested: bool) -> Explanation:
         explanation = explain_together(model, probe, self.settings, runner_up=tested)
+        explanation = with_known_output(explanation, probe, self.settings)
         if explanation.out_of_memory:
             # What did not fit once will not fit the next time either.
             size = explanation.micro_batch_size
@@ -273,6 +280,9 @@ class Prober:
     ) -> list[HeadEvent]:
         if self.detector is None:
             return []
+        if self._untaught is not None and self._untaught[0] != signals["importance"].shape:
+            self.detector = self._untaught[1]  # what was known of other heads says nothing of these
+        self._untaught = None
         others = {name: table for name, table in signals.items() if name != "importance"}
         return self.detector.update(record.step, signals["importance"], layers, others, context)
 
@@ -313,8 +323,8 @@ class Prober:
 def _context(explanation: Explanation, metrics: Mapping[str, float]) -> dict[str, float]:
     """What tells a model that shrinks from one that is sure, or that hardly learns any more."""
     context: dict[str, float] = {}
-    if explanation.logits is not None and explanation.targets is not None:
-        chances = torch.from_numpy(explanation.logits).softmax(-1).numpy()
+    chances = explanation.probabilities
+    if chances is not None and explanation.targets is not None:
         context["probability"] = float(chances[np.arange(len(chances)), explanation.targets].mean())
     return {**context, **_learning_rate(metrics)}
 
@@ -331,15 +341,3 @@ def _at_hand(seen: StepSignals | None) -> StepSignals | None:
         return None
     importance, contribution = (table.double().cpu() for table in (seen.importance, seen.contribution))
     return StepSignals(importance, contribution, seen.layers, seen.rows, seen.finite)
-
-
-def _classes(explanation: Explanation) -> dict[str, tuple[Any, ...]]:
-    """What a record says of classes; nothing when the explained number is no class logit."""
-    if explanation.logits is None or explanation.targets is None:
-        return {}
-    probabilities = torch.from_numpy(explanation.logits).softmax(-1).numpy()
-    return {
-        "targets": tuple(explanation.targets.tolist()),
-        "predictions": tuple(explanation.logits.argmax(-1).tolist()),
-        "probabilities": tuple(probabilities.max(-1).tolist()),
-    }

@@ -7,6 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from gmar_lightning.monitor.record import Source
+from gmar_lightning.show.terminal import plain
+
+
+def opening_line(run: Mapping[str, Any]) -> str:
+    """What is watched: layers and heads, what is explained, the grid of the maps; from `run.json`."""
+    heads = sorted(set(run["heads"]))
+    of = f"{heads[0]}" if len(heads) == 1 else f"{heads[0]} to {heads[-1]}"
+    maps = " x ".join(map(str, run["grid"])) if run.get("grid") else "none"
+    doubt = " (nothing confirms that these are class scores: name a part with its head with module=)"
+    explained = str(run.get("explained") or "")
+    return (
+        f"GMAR  {len(run['layers'])} layers of {of} heads, {explained}, maps {maps}"
+        f"{doubt if explained.endswith('?') else ''}"
+    )
 
 
 def closing_lines(
@@ -56,7 +70,7 @@ def closing_lines(
         lines.append(f"  look at    {folder / 'report.html'} (and {folder}/heatmaps)")
     if wandb_offline is not None:
         lines.append(f"  W&B        wandb leet {wandb_offline}   or   wandb sync {wandb_offline}")
-    return lines
+    return [plain(line) for line in lines]
 
 
 def alarm_text(events: Sequence[Any], most: int = 8) -> str:
@@ -82,4 +96,4 @@ def event_table(events: Sequence[Mapping[str, Any]], most: int = 40) -> list[str
         lines.append(f"  {event['step']:>8}  {event['kind']:<16}  {event['message']}")
     if len(events) > most:
         lines.insert(1, f"  ({len(events) - most} earlier ones are in the record)")
-    return lines
+    return [plain(line) for line in lines]

@@ -80,6 +80,12 @@ class Publisher:
         """Told how many probes the run will take, None where nobody knows: pictures are spread over them."""
         self._media_every = max(1, math.ceil((probes or 0) / self.display.most_media))
 
+    def on(self, history: History) -> Publisher:
+        """The same for another record."""
+        other = Publisher(history, self.loggers, self.display, self._say)
+        other._media_every = self._media_every
+        return other
+
     def show(self, record: ProbeRecord) -> None:
         """Show a probe that the history already has.
 
