@@ -91,18 +91,19 @@ class MaskLogit:
         logits = part_of(output, _LOGIT_NAMES, self.name)
         _check_dims(self, logits, 4, "(batch, classes, height, width)")
         chosen = _at(logits, self.class_index, self, "class")
-        if self.mask is None:
-            weights = (logits.detach().argmax(1) == self.class_index).to(logits.dtype)
-            empty = weights.flatten(1).sum(-1) == 0
-            weights = torch.where(empty[:, None, None], 1.0, weights)
-        else:
-            weights = torch.as_tensor(self.mask).to(device=logits.device, dtype=logits.dtype)
-            if weights.shape not in (chosen.shape, chosen.shape[1:]):
-                raise ValueError(
-                    f"{self}: the mask has shape {tuple(weights.shape)}, the output {tuple(chosen.shape)}"
-                )
-            weights = weights.expand_as(chosen)
+        mask = self.region(output) if self.mask is None else torch.as_tensor(self.mask)
+        weights = mask.to(device=logits.device, dtype=logits.dtype)
+        if weights.shape not in (chosen.shape, chosen.shape[1:]):
+            raise ValueError(
+                f"{self}: the mask has shape {tuple(weights.shape)}, the output {tuple(chosen.shape)}"
+            )
+        weights = weights.expand_as(chosen)
         return (chosen * weights).sum((1, 2)) / weights.sum((1, 2)).clamp_min(torch.finfo(logits.dtype).tiny)
+
+    def region(self, output: Any) -> Tensor:
+        """The pixels predicted as the class (all, for an image without any), `(batch, height, width)`."""
+        chosen = part_of(output, _LOGIT_NAMES, self.name).argmax(1) == self.class_index
+        return chosen | ~chosen.flatten(1).any(-1)[:, None, None]
 
     def for_images(self, rows: slice) -> MaskLogit:
         """The same target for part of the batch."""

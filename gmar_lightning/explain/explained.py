@@ -12,7 +12,7 @@ from gmar_lightning.explain.attention import AttentionCall
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.inputs import Goal, logits_of
 from gmar_lightning.explain.output import Output, classes_of, kind_of, predicted, score_of
-from gmar_lightning.targets import described
+from gmar_lightning.targets import MaskLogit, described
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,13 @@ def explained(output: Any, goal: Goal, batch: int, kind: Output | None = None) -
 def runner_up(logits: Tensor, targets: Tensor) -> Tensor:
     """The most probable class beside the explained one, `(batch,)`."""
     return logits.scatter(1, targets[:, None].to(logits.device), -torch.inf).argmax(-1)
+
+
+def held(goal: Goal, output: Any) -> Goal:
+    """A goal that chooses by the output keeps its choice: a changed output is then asked for the same pixels."""
+    if isinstance(goal, MaskLogit) and goal.mask is None:
+        return MaskLogit(goal.class_index, goal.region(output), goal.name)
+    return goal
 
 
 def _called(target: Any, output: Any, batch: int) -> Tensor:

@@ -61,6 +61,35 @@ def forward(classifier: nn.Module, inputs: Mapping[str, Any]) -> Any:
         return classifier(inputs[""]) if "" in inputs else classifier(**inputs)
 
 
+class ForwardError(Exception):
+    """Carries an error of the model's forward out of the recording."""
+
+
+def watched_forward(classifier: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """`forward` inside a recording."""
+    try:
+        return forward(classifier, inputs)
+    except UnsupportedModelError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise ForwardError from error
+
+
+def raise_from_forward(failed: ForwardError, classifier: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """An error that the recording brings about is a refusal; the model's own stays as it is."""
+    error = failed.__cause__
+    assert error is not None
+    try:
+        with torch.no_grad():
+            forward(classifier, inputs)
+    except Exception:
+        raise error from None
+    raise UnsupportedModelError(
+        "the model runs, but not with gradients and its attention led through scaled_dot_product_attention, from "
+        f"which maps are read (soft-capped or flexible attention, an opaque kernel): {error}"
+    ) from error
+
+
 def logits_of(output: Any) -> Tensor:
     """The `(batch, classes)` logits in what a model returned.
 

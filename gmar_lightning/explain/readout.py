@@ -83,6 +83,7 @@ def _weighs_tokens(found: Recording, product: Tensor, operands: tuple[Tensor, ..
     if result is None or not operands:
         return True  # a power
     real = result.ne(0).any(-1)
+    constant, flat = [], []
     for operand in operands:
         try:
             seen = as_tokens(operand.float().expand(product.shape), len(last.q), last.q.shape[-2])
@@ -90,8 +91,12 @@ def _weighs_tokens(found: Recording, product: Tensor, operands: tuple[Tensor, ..
             return False
         assert seen is not None
         first = seen[torch.arange(len(seen), device=seen.device), real.int().argmax(-1)][:, None]
-        if not ((seen - first).abs().amax(-1) * real).gt(1e-6 * first.abs().max()).any():
-            return False  # the same for all tokens that are left: a mask, or weights per channel
+        constant.append(not ((seen - first).abs().amax(-1) * real).gt(1e-6 * first.abs().max()).any())
+        flat.append(bool((seen == seen[..., :1]).all()))
+    # The same for all tokens that are left: a mask, or weights per channel. Unless it is the tokens that are all
+    # alike (collapsed), and the other factor, one number per token, weighs them.
+    if all(constant) or any(constant[i] and not flat[1 - i] for i in (0, 1)):
+        return False
     size = result.float().square().mean(-1)
     largest = size.amax(-1, keepdim=True)
     return bool((((largest - size) * real) > 1e-2 * largest).any())
