@@ -107,7 +107,10 @@ class Generated(nn.Module):
         }  # fmt: skip
         self.read = draw.choice(["patches", *self.reads])
         self.head = nn.Linear(DIM, CLASSES)
-        self.wrong = mixed is not None or self.read in ("max", "weighted")
+        # In front of all attention a closed gate changes nothing until it opens, which every call looks at; and
+        # routing that sends the same tokens through for every image tried mixes none of them (docs/models.md).
+        self.closed = mixed == 0 and self.plan[0] in ("a gate that starts closed", "routing with a capacity")
+        self.wrong = (mixed is not None and not self.closed) or self.read in ("max", "weighted")
 
     def __str__(self):
         return f"{self.front} + patches + {self.behind}, {', '.join(self.plan)}, reads {self.read}"
@@ -135,7 +138,7 @@ def verdict(seed):
         found = gmar(model, pictures(seed=seed), rollout=forms)
     except UnsupportedModelError as refusal:
         # A refusal of a model that is plain is false.
-        return "refused" if model.wrong else f"{seed}: {model}: {refusal}"
+        return "refused" if model.wrong or model.closed else f"{seed}: {model}: {refusal}"
     if model.wrong and found.heatmaps is not None:
         pytest.fail(f"accepted: {seed}: {model}")
     for module in model.modules():
@@ -154,14 +157,22 @@ def verdict(seed):
 def check(seeds):
     verdicts = [verdict(seed) for seed in seeds]
     false = [one for one in verdicts if one not in ("exact", "refused")]
-    # A refusal is never a wrong picture. Where as many tokens as channels meet, the two axes may not be told apart.
-    assert len(false) <= 0.05 * len(verdicts), "\n".join(false)
+    assert not false, "\n".join(false)
     assert verdicts.count("exact") > 0.3 * len(verdicts)
     assert verdicts.count("refused") > 0.2 * len(verdicts)
 
 
 def test_generated_architectures():
     check(range(25))
+
+
+def test_a_gate_in_front_of_all_attention_that_opens():
+    model = seeded(Generated, 1195, seed=1195)
+    assert model.closed
+    gmar(model, pictures())
+    nn.init.constant_(model.layers[0].gate, 0.1)
+    with pytest.raises(UnsupportedModelError, match=r"mixed outside the attention, before layers\.1\.inner"):
+        gmar(model, pictures())
 
 
 @pytest.mark.slow

@@ -188,7 +188,7 @@ def recording(model: nn.Module, *, open_backward: bool = False, peaks: bool = Fa
     computed = functools.partial(_opened, peaks=peaks) if open_backward else _closed
 
     def record(given: CallArguments) -> Tensor:
-        if torch._C._functorch.is_functorch_wrapped_tensor(given.q):
+        if torch._C._functorch.is_functorch_wrapped_tensor(given.q):  # pyright: ignore[reportAttributeAccessIssue]
             raise UnsupportedModelError(
                 f"{given.name} ({given.owner}) attends inside torch.vmap or another transform of torch.func: "
                 "its maps belong to the transform and cannot be followed. Call the model on the whole batch."

@@ -324,6 +324,7 @@ def _backward(found: Recording, sweep: Sweep, score: Tensor, retain_graph: bool 
     check_reached(calls, passed)
     for index in reversed(asked):
         grad = grads.pop(index)
+        grad = None if grad is None else calls[index].arrange(grad)
         if calls[index].depth == last and not calls[-1].is_pool and grad is not None:
             check_rows_apart([calls[index]], [grad], start)
         if not tickets[index].visited and grad is not None:

@@ -164,19 +164,21 @@ def _what_tokens_see(found: Recording, image: Tensor, layout: TokenLayout) -> tu
     grad, *others = torch.autograd.grad(score, [image, *earlier], retain_graph=True, allow_unused=True)
     for other in others:
         if other is not None:
-            _check_unmixed(len(asked), other, first)
+            _check_unmixed(len(asked), other, first, {math.prod(grid) for grid in found.trace.grids})
     if grad is None or not grad.isfinite().all() or not grad.any():
         return None
     seen = grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum((0, 1))
     return asked, seen / seen.sum()
 
 
-def _check_unmixed(asked: int, grad: Tensor, first: AttentionCall) -> None:
+def _check_unmixed(asked: int, grad: Tensor, first: AttentionCall, places: set[int]) -> None:
     """Refuse when so many tokens were computed from more tokens than they are; another order is no mixture."""
     batch, tokens = len(first.k), first.k.shape[-2]
     views = [as_tokens(grad, batch, tokens)]
-    if grad.shape[1:] == (tokens, tokens):
-        views.append(grad.mT)  # channels in front of as many tokens cannot be told from tokens
+    if grad.shape[1] == tokens == grad.shape[-1] or grad.shape[-1] in places:
+        views.append(
+            grad.mT
+        )  # as many channels as tokens, in front of the places: not to be told from tokens
     counts = []
     for view in views:
         assert view is not None
