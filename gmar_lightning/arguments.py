@@ -133,8 +133,9 @@ def check_fit(trainer: Trainer, pl_module: LightningModule, module: str | None) 
     if module is None and type(pl_module).forward is LightningModule.forward:
         children = ", ".join(name for name, _ in pl_module.named_children()) or "none"
         raise ConfigurationError(
-            f"{type(pl_module).__name__} defines no forward(images) -> logits. Name the classifier inside it "
-            f"with GMARCallback(module=...); its children: {children}"
+            f"{type(pl_module).__name__} defines no forward(images) -> logits. Define one, or name with "
+            "GMARCallback(module=...) a submodule that returns class scores, backbone and head together; features "
+            f"are explained by a callable target. Its children: {children}"
         )
 
 

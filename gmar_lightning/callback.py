@@ -31,6 +31,7 @@ from gmar_lightning.arguments import (
 from gmar_lightning.chosen import Choice
 from gmar_lightning.explain.gmar import check_form
 from gmar_lightning.explain.importance import Norm
+from gmar_lightning.explain.output import Output
 from gmar_lightning.explain.rollout import Rollout
 from gmar_lightning.monitor.collapse import CollapseDetector
 from gmar_lightning.monitor.probe import ProbeBatch
@@ -55,9 +56,8 @@ from gmar_lightning.trainer import (
 class GMARCallback(Callback):
     """Watch a Vision Transformer while it trains: heatmaps, head importance, heads that collapse.
 
-    A fixed, class-balanced batch of validation images is explained before the first optimizer step, at every
-    interval and at the end. Training is not disturbed: with and without the callback, the final weights are
-    bit-identical.
+    A fixed, class-balanced batch of validation images is explained before the first step, at every interval and at
+    the end. Training is not disturbed: with and without the callback, the final weights are bit-identical.
 
     What is logged, on the x-axis of Lightning's own training rows, is the table of `show.keys`; its numbers are in
     `trainer.callback_metrics` too, for other callbacks to monitor.
@@ -92,10 +92,10 @@ class GMARCallback(Callback):
         log_per_head: One scalar per head, hidden from automatic panels.
         max_events: Pictures of at most so many probes are logged; scalars always are.
         save_dir: Local record; `<trainer log dir>/gmar` when None.
+        output: As for `gmar`; None finds out, from metrics, losses and labels too.
         verify: Whether the first probe also copies the weights, to see whether the forward writes them.
-        read: "probe", or "step": no probes; L2 importance and contribution of each head are read off the training
-            steps that are due, of the loss on the training batch, without a forward or a picture of their own. Logged
-            as `gmar_step/...`, as they are not comparable with a probe's.
+        read: "probe", or "step": no probes; L2 importance and contribution of each head are read off due training
+            steps, of the loss on their batch, without a forward or a picture. Logged as `gmar_step/...`.
 
     Raises:
         ConfigurationError: For arguments that do not fit, with what to change.
@@ -129,11 +129,12 @@ class GMARCallback(Callback):
         verify: bool = True,
         log_rollouts: Sequence[Rollout] = (),
         read: Source = "probe",
+        output: Output | None = None,
     ) -> None:
         super().__init__()
         try:
             self._schedule = given_schedule(every_n_train_steps, every_n_epochs, read)
-            check_form(norm, rollout, residual, micro_batch_size)
+            check_form(norm, rollout, residual, micro_batch_size, output)
             self._given = given_probe(probe_batch)
             self._choice: Choice | None = given_choice(probe_images, probe_batch)
             beside = beside_primary(rollout, log_rollouts)
@@ -164,6 +165,7 @@ class GMARCallback(Callback):
             confirm=confirm,
             faithfulness_every=faithfulness_every,
             drawn=num_heatmaps,
+            output=output,
         )
         self._begin_run()
 
@@ -255,9 +257,7 @@ class GMARCallback(Callback):
         if self._schedule.unit == "epoch" and self._schedule.due(trainer.current_epoch + 1):
             self._run_probe(trainer, pl_module, log_position(trainer, ended=True))
         elif self._schedule.unit == "step" and trainer.global_step == 0:
-            self._say(
-                "GMARCallback: in a whole epoch Lightning counted no optimizer step; use every_n_epochs"
-            )
+            self._say("GMARCallback: Lightning counted no optimizer step in an epoch; use every_n_epochs")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe the trained model, write the report, and say what the run was."""
@@ -340,7 +340,7 @@ class GMARCallback(Callback):
     def _keep(self, trainer: Trainer, pl_module: LightningModule, record: ProbeRecord) -> None:
         if record.failure is None:
             trainer.callback_metrics.update(as_metrics(record))
-        self._recording.add(record)
+        self._recording.add(record, trainer.print)
         react = functools.partial(self._reaction.to, trainer, pl_module, record.events, self._recording.alert)
         self._tolerance.run("on_collapse", react, record.step)
 

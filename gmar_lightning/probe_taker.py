@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule, Trainer
@@ -19,6 +18,7 @@ from gmar_lightning.trainer import (
     ends_here,
     logged_metrics,
     not_state,
+    settings_of_run,
     silenced,
     state_of_run,
 )
@@ -64,9 +64,7 @@ class ProbeTaker:
             names: Class names that the user gave.
             indices: Those of the run that is continued.
         """
-        settings = self._prober.settings
-        context = trainer.precision_plugin.forward_context  # of this trainer, one of several perhaps
-        self._prober.settings = dataclasses.replace(settings, precision=context)
+        settings = self._prober.settings = settings_of_run(trainer, pl_module, self._prober.settings)
         given = self._given
         if self._choice is not None:
             which: Choice = indices or self._choice

@@ -20,7 +20,7 @@ from gmar_lightning.monitor.record import ProbeRecord, Source
 from gmar_lightning.monitor.say import SayOnce
 from gmar_lightning.monitor.schedule import Every
 from gmar_lightning.monitor.settings import ProbeSettings
-from gmar_lightning.show.console import alarm_text
+from gmar_lightning.show.console import alarm_text, opening_line
 from gmar_lightning.show.publisher import Display, Publisher
 from gmar_lightning.trainer import class_names_of, logged_metrics, photographs, planned_probes
 from gmar_lightning.version import __version__
@@ -184,12 +184,14 @@ class Recording:
         segment, first, last = (0, None, None) if ends is None else ends
         return segment, DriftTracker(first, last)
 
-    def add(self, record: ProbeRecord) -> None:
-        """Store a probe and show it."""
+    def add(self, record: ProbeRecord, show: Callable[[str], None]) -> None:
+        """Store a probe and show it; of the first one, `show` prints what was seen of the model."""
         self._closed = False  # a second `fit` of the same trainer goes on with the record
         history, publisher = self.history, self.publisher
         if history is not None:
             self._tolerance.run("the record", lambda: history.append(record), record.step)
+            if record.classes:
+                show(opening_line(history.run))
         if publisher is not None:
             self._tolerance.run("the display", lambda: publisher.show(record), record.step)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from gmar_lightning.arguments import ConfigurationError
 from gmar_lightning.explain.isolation import undisturbed
 from gmar_lightning.monitor.probe import ProbeBatch, agreed_probe, draw_probe
 from gmar_lightning.monitor.processes import ProbeError
 from gmar_lightning.monitor.say import SayOnce
+from gmar_lightning.monitor.settings import KnownClasses, ProbeSettings
 from gmar_lightning.show.outline import outlined
 from gmar_lightning.show.render import enlarged, to_uint8_image
 
@@ -255,6 +258,38 @@ def normalisation_of(trainer: Trainer, pl_module: LightningModule) -> tuple[Any,
         if isinstance(config, dict) and config.get("mean") and config.get("std"):
             return config["mean"], config["std"]
     return None, None
+
+
+def settings_of_run(trainer: Trainer, pl_module: LightningModule, settings: ProbeSettings) -> ProbeSettings:
+    """The callback's settings with what this trainer and this module add to them."""
+    context = trainer.precision_plugin.forward_context  # of this trainer, one of several perhaps
+    return replace(settings, precision=context, known=known_classes(trainer, pl_module))
+
+
+def known_classes(trainer: Trainer, pl_module: LightningModule) -> KnownClasses:
+    """How many classes there are, and what the scores are, by metrics, losses, settings, data and names."""
+    own = {"hparams": pl_module.hparams, type(pl_module).__name__: pl_module}
+    own |= {path: module for path, module in pl_module.named_modules() if isinstance(module, Metric)}
+    firm = {name: count for name, holder in own.items() if (count := _count_of(holder)) is not None}
+    data = {"the datamodule": _count_of(getattr(trainer, "datamodule", None))}
+    data["class_names"] = len(class_names_of(trainer, pl_module) or ()) or None
+    soft = {name: count for name, count in data.items() if count is not None}
+    kinds = {type(module).__name__ for module in pl_module.modules()}
+    several = any(kind.startswith("Multilabel") for kind in kinds)
+    one = any(kind.startswith("Multiclass") for kind in kinds) or "CrossEntropyLoss" in kinds
+    output = (
+        "multilabel" if several or ("BCEWithLogitsLoss" in kinds and not one) else "logits" if one else None
+    )
+    return KnownClasses({**soft, **firm}, frozenset(firm), output)
+
+
+def _count_of(holder: Any) -> int | None:
+    """The number of classes that something names as its own."""
+    for name in ("num_classes", "n_classes", "num_labels"):
+        value = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
 
 
 def _is_channel_list(value: Any) -> bool:

@@ -71,6 +71,7 @@ def test_a_layer_without_gradient_uses_no_head_and_shares_nothing():
 def test_captions_with_and_without_labels_and_names():
     assert captions(record(), [0, 5], ["Bär", "猫"]) == [
         "#0 Bär → 猫 p=0.90 · step 9",
-        "#1 5 → Bär p=0.00 · step 9",
+        "#1 5 → Bär · step 9",
     ]
+    assert captions(record(scores=(2.0, 1.5)), None, None)[1] == "#1 0 score=1.5 · step 9"
     assert captions(record(), None, None)[0] == "#0 1 p=0.90 · step 9"

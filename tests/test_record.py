@@ -90,7 +90,7 @@ def test_a_record_survives_its_line() -> None:
     assert read.faithfulness is not None
     assert np.isnan(read.faithfulness["average_drop_random"])
     assert read.to_json() == line  # reading and writing again changes nothing
-    beside = {"maps", "head_maps", "layers"}
+    beside = {"maps", "head_maps", "layers", "classes"}
     documented = (
         {item.name for item in fields(ProbeRecord)} - beside - {"stored_maps", "stored_head_maps", "signals"}
     )

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.inputs import batch_size, classifier_of, forward, logits_of, model_inputs
 from gmar_lightning.explain.intercept import CallArguments, intercept_attention
 from gmar_lightning.explain.isolation import undisturbed
+from gmar_lightning.explain.output import kind_of, loss_of, predicted, score_of
 
 Head = tuple[int, int]  # layer, head
 
@@ -81,14 +81,13 @@ def ablate_heads(
         intact = logits_of(forward(classifier, inputs)) if logits is None else logits
         without = _logits_without(classifier, inputs, heads, means if method == "mean" else None)
     intact, without = intact.float(), without.float()
-    goals = intact.argmax(-1) if targets is None else torch.as_tensor(targets, device=intact.device)
-    index = goals[:, None]
+    kind = kind_of(intact)
+    goals = predicted(intact, kind) if targets is None else torch.as_tensor(targets, device=intact.device)
     return HeadAblation(
-        logit_change=(without.gather(1, index) - intact.gather(1, index))[:, 0],
-        loss_change=F.cross_entropy(without, goals, reduction="none")
-        - F.cross_entropy(intact, goals, reduction="none"),
+        logit_change=score_of(without, goals, kind) - score_of(intact, goals, kind),
+        loss_change=loss_of(without, goals, kind) - loss_of(intact, goals, kind),
         targets=goals,
-        predictions=without.argmax(-1),
+        predictions=predicted(without, kind),
     )
 
 
@@ -161,7 +160,7 @@ def gate_effects(
         change = _through_gates(gates, (step + 0.5) / steps, len(targets))
         with undisturbed(classifier), torch.enable_grad():
             logits = _forward_changing(classifier, model_inputs(classifier, images), heads, change)
-            score = logits.gather(1, targets.to(logits.device)[:, None]).sum()
+            score = score_of(logits, targets).sum()
             grads = torch.autograd.grad(score, [gates[at] for at in heads])
         total -= torch.stack([grad.float().cpu() for grad in grads], 1) / steps
     return total

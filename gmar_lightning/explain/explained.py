@@ -11,6 +11,7 @@ from torch import Tensor
 from gmar_lightning.explain.attention import AttentionCall
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.inputs import Goal, logits_of
+from gmar_lightning.explain.output import Output, classes_of, kind_of, predicted, score_of
 from gmar_lightning.targets import described
 
 
@@ -22,20 +23,23 @@ class Explained:
         score: `(batch,)`, attached to the model's graph.
         logits: `(batch, classes)`; None where a callable says what is explained.
         targets: `(batch,)` classes; None likewise.
+        kind: What the logits are, see `output.kind_of`; None likewise, and when it is not known.
     """
 
     score: Tensor
     logits: Tensor | None = None
     targets: Tensor | None = None
+    kind: Output | None = None
 
 
-def explained(output: Any, goal: Goal, batch: int) -> Explained:
+def explained(output: Any, goal: Goal, batch: int, kind: Output | None = None) -> Explained:
     """What is explained of a model's output.
 
     Args:
         output: What the model returned for `batch` images.
         goal: Class indices, a callable `(output) -> (batch,)`, or None for the predicted class.
         batch: Number of images.
+        kind: What class scores in it are, where the user says so.
 
     Raises:
         UnsupportedModelError: When the output holds no such number; says what was returned.
@@ -44,12 +48,13 @@ def explained(output: Any, goal: Goal, batch: int) -> Explained:
     if goal is not None and not isinstance(goal, Tensor):
         return Explained(_called(goal, output, batch))
     logits = logits_of(output)
-    targets = logits.argmax(-1) if goal is None else goal.to(logits.device)
-    if targets.max() >= logits.shape[1]:
+    kind = kind_of(logits, kind)
+    targets = predicted(logits, kind) if goal is None else goal.to(logits.device)
+    if targets.max() >= classes_of(logits):
         raise ValueError(
-            f"targets name class {int(targets.max())}, but the model has {logits.shape[1]} classes"
+            f"targets name class {int(targets.max())}, but the model has {classes_of(logits)} classes"
         )
-    return Explained(logits.gather(1, targets[:, None])[:, 0], logits, targets)
+    return Explained(score_of(logits, targets, kind), logits, targets, kind)
 
 
 def runner_up(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,15 +1,13 @@
 """How far a heatmap can be trusted: what happens to the prediction when the model loses what it marks.
 
 Every function takes a batch and returns one value per image; NaN for an image whose heatmap is not finite.
-"Probability" is the softmax probability of the explained class. A cell is one element of the heatmap's grid,
-removed as a whole. What removed cells are replaced by changes rankings between methods, so report it:
+"Probability" is that of the explained class: by softmax, unless the scores are of another kind (`output.kind_of`).
+A cell is one element of the heatmap's grid, removed as a whole. What replaces it changes rankings, so report it:
 
 - "black": pixel value 0 before normalisation (give `mean` and `std` if the images are normalised);
-- "mean": the image's own mean colour;
-- "blur": the image under a Gaussian blur as wide as a cell;
-- "attention": pixels stay, and no token attends to a removed patch any more, in any layer. Grey or blurred
-  patches are themselves something a Vision Transformer has not been trained on; hidden ones are just absent.
-  For models that read a class token or an attention pool; a mean over patch tokens is refused.
+- "mean", "blur": the image's own mean colour; the image under a Gaussian blur as wide as a cell;
+- "attention": pixels stay, and no token attends to a removed patch any more, in any layer; for models that read a
+  class token or an attention pool. A grey patch is something a model was not trained on, a hidden one is not there.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmar_lightning.explain.gmar import gmar
+from gmar_lightning.explain.output import Output
 from gmar_lightning.explain.perturbation import (
     PIXEL_BASELINES,
     Baseline,
@@ -236,11 +235,11 @@ def faithfulness_per_image(
     baseline: Baseline = "mean",
     mean: Channels = None,
     std: Channels = None,
+    output: Output | None = None,
 ) -> dict[str, Tensor]:
     """Insertion minus deletion and average drop of a map, beside a random map and plain rollout.
 
-    Without the two beside it a number says little: an untrained model scores like random, and a centred
-    object is found by any map.
+    Alone a number says little: an untrained model scores like random, and any map finds a centred object.
 
     Cost per image: `6 steps - 1` forwards (29 for 5 steps), and a forward and a backward more when the rollout
     is not handed in; "attention" two more, since the average drop is then taken against "mean".
@@ -251,12 +250,12 @@ def faithfulness_per_image(
         targets: `(batch,)`, the classes explained.
         heatmaps: `(batch, grid_h, grid_w)`, the map in question.
         noise: `(batch, grid_h, grid_w)`, the random map of each image, see `random_maps`.
-        rollout: `(batch, grid_h, grid_w)`, plain attention rollout; None computes it with
-            `gmar(norm="uniform", rollout="flow")`.
-        steps: As for `insertion`.
+        rollout: `(batch, grid_h, grid_w)`, plain attention rollout; None computes it.
+        steps: As for `insertion`, and so `mean` and `std`.
         baseline: What removed cells show, the same for insertion and deletion.
-        mean: Channel means that the images were normalised with; only "black" needs them.
-        std: Channel standard deviations, likewise.
+        mean: Channel means.
+        std: Channel standard deviations.
+        output: What the class scores are, as for `gmar`.
 
     Returns:
         `(batch,)` each: "insertion_minus_deletion" and "average_drop" of the map in question, and each with
@@ -267,8 +266,10 @@ def faithfulness_per_image(
         rollout = gmar(model, images, targets, norm="uniform", rollout="flow").heatmaps
     maps = {"": heatmaps, "_random": noise.to(heatmaps.device), "_rollout": rollout}
     values: dict[str, Tensor] = {}
-    with perturbing(model, images, heatmaps, targets, baseline=baseline, mean=mean, std=std) as probe:
-        shown = Perturbation(model, images, heatmaps, targets, "mean", mean, std)
+    with perturbing(
+        model, images, heatmaps, targets, baseline=baseline, mean=mean, std=std, output=output
+    ) as probe:
+        shown = Perturbation(model, images, heatmaps, targets, "mean", mean, std, output)
         for name, drawn in maps.items():
             area = probability_area(probe, drawn, steps, insert=True) - probability_area(
                 probe, drawn, steps, insert=False
@@ -280,11 +281,7 @@ def faithfulness_per_image(
 
 
 def check_steps(steps: int) -> None:
-    """Check the number of parts that cells are added or removed in.
-
-    Raises:
-        ValueError: When it is not a positive integer.
-    """
+    """Refuse a number of parts, that cells are added or removed in, which is no positive integer."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
 

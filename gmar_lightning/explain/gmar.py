@@ -23,6 +23,7 @@ from gmar_lightning.explain.isolation import undisturbed
 from gmar_lightning.explain.lifted import with_gradients_lifted
 from gmar_lightning.explain.measure import Measured, measure
 from gmar_lightning.explain.notebook import result_page
+from gmar_lightning.explain.output import Output, check_output, probabilities
 from gmar_lightning.explain.rollout import Rollout, forms_of, to_grid
 from gmar_lightning.explain.sweep import Form, HeadMaps
 from gmar_lightning.explain.tokens import TokenLayout
@@ -56,6 +57,7 @@ class GMARResult:
             where there is no second class or `scope` is not "whole".
         scope: What the picture covers: "whole", "last stage, 7 x 7" (a rollout over the last layers that share one
             grid of the whole image; exact for those), or "none: " and the reason why `heatmaps` is None.
+        output: What the logits are, "logits", "probabilities" or "multilabel", see `gmar`; None when it is not known.
     """
 
     heatmaps: Tensor | None
@@ -71,6 +73,15 @@ class GMARResult:
     signals: Mapping[str, Tensor] = field(default_factory=dict)
     runner_up: Tensor | None = None
     scope: str = "whole"
+    output: Output | None = None
+
+    @property
+    def probabilities(self) -> Tensor | None:
+        """How probable each class is, `(batch, classes)`; None when it is not known what the logits are.
+
+        A single logit decides between two classes, and gets two columns.
+        """
+        return None if self.logits is None else probabilities(self.logits, self.output)
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the maps, the classes explained, and the heads."""
@@ -96,6 +107,7 @@ def gmar(
     signals: bool = False,
     head_maps: HeadMaps = False,
     runner_up: bool = False,
+    output: Output | None = None,
 ) -> GMARResult:
     """Explain a batch: one heatmap per image, one importance per attention head.
 
@@ -125,6 +137,9 @@ def gmar(
             gradient; "plain" for the attention itself.
         runner_up: Also return the map of the most probable class beside the explained one, for one more backward
             through the same graph: a map that is the same for both is blind to the class.
+        output: What the model returns for its classes: "logits" (softmax; sigmoid for a single one, whose sign is the
+            class), "probabilities" already, or "multilabel" (each label's sigmoid). None finds out where that is
+            certain (`output.kind_of`), and otherwise speaks of scores. Decides what is said, not what is explained.
 
     Returns:
         The explanation. Row i of a batch equals image i alone. Models without one set of tokens for all layers
@@ -135,7 +150,7 @@ def gmar(
         UnsupportedModelError: When the picture cannot be derived; says what was seen.
         ValueError: For arguments that do not fit.
     """
-    check_form(norm, rollout, residual, micro_batch_size)
+    check_form(norm, rollout, residual, micro_batch_size, output)
     if head_maps not in (False, True, "plain"):
         raise ValueError(f'head_maps must be True, False or "plain", got {head_maps!r}')
     factor = 1.0 if residual is None else residual
@@ -147,19 +162,21 @@ def gmar(
         inputs = model_inputs(classifier, images)
         batch = batch_size(inputs)
         goals = checked_targets(targets, batch)
-        explain = functools.partial(_explain, classifier, form=form)
+        explain = functools.partial(_explain, classifier, form=form, output=output)
         parts = micro_batches(inputs, goals, micro_batch_size or batch)
         # Tried as the model stands first; `no_grad` and `detach` inside its forward are lifted only when
         # that fails.
         return with_gradients_lifted(lambda: _joined([explain(*part) for part in parts]))
 
 
-def _explain(classifier: nn.Module, inputs: dict[str, Any], targets: Goal, *, form: Form) -> GMARResult:
-    seen = measure(classifier, inputs, targets, form)
+def _explain(
+    classifier: nn.Module, inputs: dict[str, Any], targets: Goal, *, form: Form, output: Output | None
+) -> GMARResult:
+    seen = measure(classifier, inputs, targets, form, output)
     # None: as many images as tokens, and nothing tells the two axes apart. Half the batch does.
     if seen is None:
         halves = micro_batches(inputs, targets, -(-batch_size(inputs) // 2))
-        return _joined([_explain(classifier, *half, form=form) for half in halves])
+        return _joined([_explain(classifier, *half, form=form, output=output) for half in halves])
     numbers, picture, score = seen.numbers, seen.picture, seen.explained.score
     maps, other = {}, None
     if seen.sweep is not None and picture is not None:
@@ -180,6 +197,7 @@ def _explain(classifier: nn.Module, inputs: dict[str, Any], targets: Goal, *, fo
         signals={name: _ragged([layer.signals[name] for layer in numbers]) for name in numbers[0].signals},
         runner_up=other,
         scope=seen.scope,
+        output=seen.explained.kind,
     )
 
 
@@ -236,9 +254,13 @@ def _ragged(per_layer: list[Tensor]) -> Tensor:
 
 
 def check_form(
-    norm: str, rollout: Rollout | Sequence[Rollout], residual: float | None, micro_batch_size: int | None
+    norm: str,
+    rollout: Rollout | Sequence[Rollout],
+    residual: float | None,
+    micro_batch_size: int | None,
+    output: Output | None = None,
 ) -> None:
-    """Check the arguments that choose the form of the explanation.
+    """Check the arguments that choose the form of the explanation, and say what the output is.
 
     Raises:
         ValueError: With the allowed values.
@@ -246,6 +268,7 @@ def check_form(
     if norm not in get_args(Norm):
         raise ValueError(f"norm={norm!r} is unknown; choose one of {', '.join(map(repr, get_args(Norm)))}")
     forms_of(rollout)
+    check_output(output)
     if residual is not None and not residual >= 0:
         raise ValueError(f"residual must be >= 0, got {residual}")
     if micro_batch_size is not None and micro_batch_size < 1:

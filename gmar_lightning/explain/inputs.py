@@ -73,8 +73,8 @@ def logits_of(output: Any) -> Tensor:
     seen = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
     raise UnsupportedModelError(
         f"the forward pass returned {seen}; expected logits (batch, classes), as a tensor or in .logits. "
-        "Name the classifier inside the model with module=, or what to explain with a callable target "
-        "(gmar_lightning.targets)."
+        "Name with module= a part that returns class scores, backbone and head together, or say what to explain with "
+        "a callable target (gmar_lightning.targets)."
     )
 
 

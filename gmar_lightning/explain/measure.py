@@ -14,9 +14,11 @@ from gmar_lightning.explain.attention import AttentionCall, Recording, recording
 from gmar_lightning.explain.errors import NoPictureError, UnsupportedModelError
 from gmar_lightning.explain.explained import Explained, check_images_apart, explained, runner_up
 from gmar_lightning.explain.folding import check_over_tokens, fold_numbers, folded, is_plain
+from gmar_lightning.explain.head import check_class_scores
 from gmar_lightning.explain.inputs import Goal, batch_size, forward, image_key, padding_of
 from gmar_lightning.explain.kernel import NO_GRADS, Needs, Ticket
 from gmar_lightning.explain.mixing import check_apart
+from gmar_lightning.explain.output import Output
 from gmar_lightning.explain.readout import check_rows_apart, readout, without_masked
 from gmar_lightning.explain.refusals import check_plain_attention, check_reached, check_visible
 from gmar_lightning.explain.stages import last_stage, stage_layout
@@ -67,14 +69,18 @@ class Measured:
     runner_up: Tensor | None = None
 
 
-def measure(classifier: nn.Module, inputs: dict[str, Any], goal: Goal, form: Form) -> Measured | None:
+def measure(
+    classifier: nn.Module, inputs: dict[str, Any], goal: Goal, form: Form, kind: Output | None = None
+) -> Measured | None:
     """Forward and backward; None when the batch is as long as the token axis and the two look alike."""
     with recording(classifier, open_backward=True, peaks=form.signals) as found:
         batch = found.batch = batch_size(inputs)
         output, image = _forward(classifier, inputs, found)
-        seen = explained(output, goal, batch)
+        seen = explained(output, goal, batch, kind)
         found.forget_unread_pool(seen.score)
         check_visible(found)
+        if seen.logits is not None:
+            check_class_scores(found, seen.logits, image)
         if not all(is_plain(call, batch) for call in found.calls):
             found.calls = folded(found.calls, batch, image)
             found.entered = tuple(x for x in (found.calls[0].values,) if x is not None)
@@ -211,7 +217,8 @@ def _measured(
     scope: str,
 ) -> Measured:
     calls = found.calls
-    kept = Explained(seen.score.detach(), None if seen.logits is None else seen.logits.detach(), seen.targets)
+    logits = None if seen.logits is None else seen.logits.detach()
+    kept = replace(seen, score=seen.score.detach(), logits=logits)
     return Measured(tuple(_named(call, calls) for call in calls), numbers, sweep, picture, kept, scope)
 
 

@@ -16,6 +16,7 @@ from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.inputs import forward, logits_of, model_inputs
 from gmar_lightning.explain.intercept import CallArguments, intercept_attention
 from gmar_lightning.explain.isolation import undisturbed
+from gmar_lightning.explain.output import Output, classes_of, kind_of, probabilities
 
 Baseline = Literal["black", "mean", "blur", "attention"]
 PIXEL_BASELINES = ("black", "mean", "blur")
@@ -51,6 +52,7 @@ def perturbing(
     baseline: Baseline,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    output: Output | None = None,
 ) -> Iterator[Perturbation]:
     """Run `model` on images with parts removed; inside the block nothing of it changes.
 
@@ -62,13 +64,14 @@ def perturbing(
         baseline: What takes the place of a removed cell.
         mean: Channel means that the images were normalised with; only "black" needs them.
         std: Channel standard deviations, likewise.
+        output: As for `gmar`; softmax where nothing is known.
 
     Raises:
         ValueError: For arguments that do not fit.
     """
     check_baseline(baseline, mean, std)
     with undisturbed(model), torch.no_grad():
-        probe = Perturbation(model, images, heatmaps, targets, baseline, mean, std)
+        probe = Perturbation(model, images, heatmaps, targets, baseline, mean, std, output)
         if baseline == "attention":
             probe.check_hidden()
         yield probe
@@ -89,8 +92,10 @@ class Perturbation:
         baseline: Baseline,
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
+        output: Output | None = None,
     ) -> None:
         self._model, self._baseline = model, baseline
+        self._output: Output | None = output
         self._inputs = model_inputs(model, images)
         pictures = [k for k, v in self._inputs.items() if isinstance(v, Tensor) and v.ndim == 4]
         if not pictures or not self._inputs[pictures[0]].is_floating_point():
@@ -184,9 +189,13 @@ class Perturbation:
         return logits_of(forward(self._model, {**self._inputs, self._key: images}))
 
     def _probability(self, logits: Tensor) -> Tensor:
-        if not 0 <= int(self.targets.min()) <= int(self.targets.max()) < logits.shape[1]:
-            raise ValueError(f"targets must name one of the model's {logits.shape[1]} classes")
-        return logits.float().softmax(-1).gather(1, self.targets[:, None])[:, 0]
+        if not 0 <= int(self.targets.min()) <= int(self.targets.max()) < classes_of(logits):
+            raise ValueError(f"targets must name one of the model's {classes_of(logits)} classes")
+        # Settled by the first answer: what a model returns is the same for every image.
+        self._output = kind_of(logits, self._output) or "logits"
+        chances = probabilities(logits.float(), self._output)
+        assert chances is not None
+        return chances.gather(1, self.targets[:, None])[:, 0]
 
     def _logits_masked(self, images: Tensor, keep: Tensor) -> Tensor:
         with intercept_attention(self._model, lambda call: _without_keys(call, keep)):

@@ -173,8 +173,8 @@ def last_tokens(found: Recording, score: Tensor, image: Tensor | None) -> Tensor
             return tokens
     raise UnsupportedModelError(
         f"the logits read more than the tokens that {last.name} ({last.owner}) and its block return: several "
-        "layers, a second backbone or branch, or several passes over the image. Name a single transformer "
-        "classifier inside the model with module=."
+        "layers, a second backbone or branch, or several passes over the image. Name with module= a single "
+        "transformer together with its head, or say with a callable target what one branch returns."
     )
 
 

@@ -29,8 +29,8 @@ def check_visible(found: Recording) -> None:
         seen = f" {_listed(trace.silent)} ran without calling it." if trace.silent else ""
         raise UnsupportedModelError(
             f"no attention seen: no call of scaled_dot_product_attention in the forward pass.{seen} "
-            "If the transformer sits elsewhere, name it with module=; a scripted or exported model must be "
-            "explained as the module it was made from."
+            "If the transformer sits elsewhere, name with module= the part that holds it and its head; a scripted or "
+            "exported model must be explained as the module it was made from."
         )
     if trace.silent:
         raise UnsupportedModelError(
@@ -74,7 +74,7 @@ def check_reached(calls: Sequence[AttentionCall], grads: Sequence[Tensor | None]
     if missed:
         raise UnsupportedModelError(
             f"{_listed(missed)} runs, but the logits do not depend on it: the classifier reads an earlier layer, "
-            "or the result is detached. Explain the part up to the layer that is read, with module=."
+            "or the result is detached. Take layers that are not read out of the model."
         )
     return [grad for grad in grads if grad is not None]
 
@@ -84,7 +84,7 @@ def under_no_grad(calls: Sequence[AttentionCall]) -> str:
     return (
         f"{_listed([_named(call) for call in calls])} runs under torch.no_grad() or on detached features inside the "
         "model's own forward, so no gradient reaches its map. Freeze with requires_grad_(False) instead of "
-        "no_grad(), or name the inner module with module=."
+        "no_grad()."
     )
 
 
@@ -110,7 +110,7 @@ def _check_kind(call: AttentionCall) -> None:
     if call.detached:
         raise UnsupportedModelError(
             f"{_named(call)} does not continue the attention layers before it: two transformers, several passes "
-            "over the image, or branches of different length. Name a single classifier with module=."
+            "over the image, or branches of different length. Name one classifier, head included, with module=."
         )
     if not call.output.requires_grad:
         raise UnsupportedModelError(under_no_grad([call]))

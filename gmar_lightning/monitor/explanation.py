@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gmar_lightning.explain.gmar import GMARResult, gmar
 from gmar_lightning.explain.inputs import Goal
+from gmar_lightning.explain.output import Output, probabilities
 from gmar_lightning.explain.rollout import Rollout
 from gmar_lightning.monitor.packing import signal_of
 from gmar_lightning.monitor.probe import ProbeBatch
@@ -36,6 +37,7 @@ class Explanation:
         runner_up: Maps of the primary form for the runner-up class; None unless asked for and possible.
         micro_batch_size: Images per forward.
         out_of_memory: Whether that was halved because memory ran out.
+        output: What the logits are; None when it is not known.
     """
 
     maps: Mapping[str, np.ndarray]
@@ -50,6 +52,15 @@ class Explanation:
     runner_up: np.ndarray | None = None
     micro_batch_size: int = 1
     out_of_memory: bool = False
+    output: Output | None = None
+
+    @property
+    def probabilities(self) -> np.ndarray | None:
+        """How probable each class is, `(images, classes)`; None without logits, and when it is not known."""
+        if self.logits is None:
+            return None
+        chances = probabilities(torch.from_numpy(self.logits), self.output)
+        return None if chances is None else chances.numpy()
 
     def signals(self) -> dict[str, np.ndarray]:
         """Name to table `(layers, heads)`, each image's values combined as `packing.SIGNALS` says."""
@@ -93,7 +104,7 @@ def explain_together(
     # All forms come from the same pass, so the record keeps them all.
     others = [form for form in get_args(Rollout) if form != settings.rollout]
 
-    def explained() -> tuple[dict[str, np.ndarray], tuple[str, ...], str]:
+    def explained() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         with settings.precision():
             result = explain(
                 model,
@@ -106,9 +117,10 @@ def explain_together(
                 micro_batch_size=size,
                 signals=True,
                 head_maps=settings.drawn > 0,
+                output=settings.output,
                 runner_up=runner_up,
             )
-        return _per_image(result), result.layers, result.scope
+        return _per_image(result), {name: getattr(result, name) for name in ("layers", "scope", "output")}
 
     while True:
         try:
@@ -118,8 +130,8 @@ def explain_together(
                 raise ProbeError("out of memory with one image at a time") from None
             size, exhausted = -(-size // 2), True
         else:
-            found = _together([part for part, _, _ in parts], len(probe), parts[0][1], size, exhausted)
-            return replace(found, head_maps=_drawn(found.head_maps, settings.drawn), scope=parts[0][2])
+            found = _together([part for part, _ in parts], len(probe), parts[0][1], size, exhausted)
+            return replace(found, head_maps=_drawn(found.head_maps, settings.drawn))
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
@@ -163,7 +175,7 @@ def _as_array(value: Tensor) -> np.ndarray:
 
 
 def _together(
-    parts: list[dict[str, np.ndarray]], count: int, layers: tuple[str, ...], size: int, exhausted: bool
+    parts: list[dict[str, np.ndarray]], count: int, alike: dict[str, Any], size: int, exhausted: bool
 ) -> Explanation:
     whole = joined(parts, count)
 
@@ -177,7 +189,7 @@ def _together(
         logits=whole.get("logits"),
         targets=whole.get("targets"),
         scores=whole["scores"],
-        layers=layers,
+        **alike,
         head_maps=whole.get("head_maps"),
         runner_up=whole.get("runner_up"),
         micro_batch_size=size,

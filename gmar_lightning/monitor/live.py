@@ -82,6 +82,7 @@ def measure_faithfulness(
                 maps[rows],
                 noise[rows],
                 rollout=plain[rows],
+                output=explanation.output,
             )
         return {name: value.cpu().numpy() for name, value in values.items()}
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import nn
 
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.training_step import StepSignals, over_processes
+from gmar_lightning.monitor.class_scores import explained_classes, recorded_classes, with_known_output
 from gmar_lightning.monitor.collapse import CollapseDetector
 from gmar_lightning.monitor.confirmation import confirm_by_ablation
 from gmar_lightning.monitor.drift import DriftTracker
@@ -205,17 +205,19 @@ class Prober:
         assert self.probe is not None, "begin() hands over the images"
         due = self._maps_are_tested(last)
         explanation = self._explained(model, self.probe, record.step, due)
+        classes = explained_classes(model, self.probe, explanation, self.settings) if self.taken == 1 else ""
         signals = explanation.signals()
         events = self._judged(model, self.probe, record, explanation, signals)
         if explanation.scope != "whole":
             self._say(f"GMARCallback: heatmaps: {explanation.scope}. Numbers per head are exact.", "scope")
         return replace(
             record,
-            **_classes(explanation),
+            **recorded_classes(explanation),
             signals=signals,
             maps=explanation.maps,
             head_maps=explanation.head_maps,
             layers=explanation.layers,
+            classes=classes,
             scores=tuple(explanation.scores.tolist()),
             events=tuple(events),
             flagged=tuple(self.detector.flagged) if self.detector is not None else (),
@@ -231,6 +233,7 @@ class Prober:
 
     def _explained(self, model: nn.Module, probe: ProbeBatch, step: int, tested: bool) -> Explanation:
         explanation = explain_together(model, probe, self.settings, runner_up=tested)
+        explanation = with_known_output(explanation, probe, self.settings)
         if explanation.out_of_memory:
             # What did not fit once will not fit the next time either.
             size = explanation.micro_batch_size
@@ -313,8 +316,8 @@ class Prober:
 def _context(explanation: Explanation, metrics: Mapping[str, float]) -> dict[str, float]:
     """What tells a model that shrinks from one that is sure, or that hardly learns any more."""
     context: dict[str, float] = {}
-    if explanation.logits is not None and explanation.targets is not None:
-        chances = torch.from_numpy(explanation.logits).softmax(-1).numpy()
+    chances = explanation.probabilities
+    if chances is not None and explanation.targets is not None:
         context["probability"] = float(chances[np.arange(len(chances)), explanation.targets].mean())
     return {**context, **_learning_rate(metrics)}
 
@@ -331,15 +334,3 @@ def _at_hand(seen: StepSignals | None) -> StepSignals | None:
         return None
     importance, contribution = (table.double().cpu() for table in (seen.importance, seen.contribution))
     return StepSignals(importance, contribution, seen.layers, seen.rows, seen.finite)
-
-
-def _classes(explanation: Explanation) -> dict[str, tuple[Any, ...]]:
-    """What a record says of classes; nothing when the explained number is no class logit."""
-    if explanation.logits is None or explanation.targets is None:
-        return {}
-    probabilities = torch.from_numpy(explanation.logits).softmax(-1).numpy()
-    return {
-        "targets": tuple(explanation.targets.tolist()),
-        "predictions": tuple(explanation.logits.argmax(-1).tolist()),
-        "probabilities": tuple(probabilities.max(-1).tolist()),
-    }

@@ -76,6 +76,8 @@ class ProbeRecord:
             not in it; empty once the record has been stored or read back.
         head_maps: `(images, layers, heads, grid_h, grid_w)` or None; likewise.
         layers: Module path of each attention layer; likewise.
+        classes: Which class scores are explained, `classes=10`, or `classes=192?` where nothing confirms that they
+            are class scores; known at a run's first probe, else empty; likewise.
         source: "probe": a logit on the probe images; "step": the loss on the batch of a training step, read off that
             step. Numbers of the two are not comparable, and one record holds one of them.
         stored_maps: Name of the files that hold the maps; None before they are stored.
@@ -102,6 +104,7 @@ class ProbeRecord:
     maps: Mapping[str, np.ndarray] = field(default_factory=dict)
     head_maps: np.ndarray | None = None
     layers: tuple[str, ...] = ()
+    classes: str = ""
     source: Source = "probe"
     stored_maps: str | None = None
     stored_head_maps: str | None = None

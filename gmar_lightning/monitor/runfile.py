@@ -45,9 +45,11 @@ def with_first_segment(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_entries(record: ProbeRecord) -> dict[str, Any]:
-    """What only the first probe shows of the model: layers, heads of each, grid of the maps."""
+    """What only the first probe shows of the model: layers, heads of each, grid of the maps, what is explained."""
     assert record.importance is not None
     entries: dict[str, Any] = {"layers": list(record.layers), "heads": head_counts(record.importance)}
+    if record.classes:
+        entries["explained"] = record.classes
     if record.heatmaps is not None:
         entries["grid"] = list(record.heatmaps.shape[1:])
     return entries

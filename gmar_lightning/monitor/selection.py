@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional
 
+from gmar_lightning.explain.inputs import logits_of
+from gmar_lightning.explain.output import kind_of, loss_of, predicted
 from gmar_lightning.monitor.probe import ProbeBatch
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -154,9 +155,9 @@ def ranked(
     Returns:
         Positions, and how many of them are mistaken.
     """
-    logits = torch.cat([_logits(model(part)).float().cpu() for part in images.split(_BATCH)])
-    losses = functional.cross_entropy(logits, labels, reduction="none")
-    mistaken = logits.argmax(-1) != labels
+    logits = torch.cat([logits_of(model(part)).float().cpu() for part in images.split(_BATCH)])
+    kind = kind_of(logits)
+    losses, mistaken = loss_of(logits, labels, kind), predicted(logits, kind) != labels
     # A loss that is not finite is as hard as can be.
     hardness = torch.nan_to_num(losses, nan=float("inf"), posinf=float("inf"))
     order = hardness.argsort(descending=True, stable=True).tolist()
@@ -189,7 +190,3 @@ def _class_index(label: str, class_names: Sequence[str] | None, folder: Path) ->
         return int(label)
     known = ", ".join(map(str, class_names)) if class_names else "none are known, pass class_names"
     raise ValueError(f"the folder {folder / label} is no class of this data; its classes: {known}")
-
-
-def _logits(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output.logits

@@ -9,6 +9,19 @@ from typing import Any
 from gmar_lightning.monitor.record import Source
 
 
+def opening_line(run: Mapping[str, Any]) -> str:
+    """What is watched: layers and heads, what is explained, the grid of the maps; from `run.json`."""
+    heads = sorted(set(run["heads"]))
+    of = f"{heads[0]}" if len(heads) == 1 else f"{heads[0]} to {heads[-1]}"
+    maps = " x ".join(map(str, run["grid"])) if run.get("grid") else "none"
+    doubt = " (nothing confirms that these are class scores: name a part with its head with module=)"
+    explained = str(run.get("explained") or "")
+    return (
+        f"GMAR  {len(run['layers'])} layers of {of} heads, {explained}, maps {maps}"
+        f"{doubt if explained.endswith('?') else ''}"
+    )
+
+
 def closing_lines(
     *,
     metrics: Mapping[str, float],

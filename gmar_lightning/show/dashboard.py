@@ -85,7 +85,10 @@ def captions(
     names: Sequence[str] | None,
     image_names: Sequence[str] | None = None,
 ) -> list[str]:
-    """`#3 cat → dog p=0.81 · step 1200` for each probe image; its name stands behind the number if it has one."""
+    """`#3 cat → dog p=0.81 · step 1200` for each probe image; its name stands behind the number if it has one.
+
+    Where it is not known what a score says of the probability, it stands in its place, `score=2.3`.
+    """
     if not record.predictions:
         return [
             f"#{index}{_called(image_names, index)} score={score:.3g} · step {record.step}"
@@ -94,9 +97,11 @@ def captions(
     lines = []
     for index, (prediction, p) in enumerate(zip(record.predictions, record.probabilities, strict=True)):
         truth = f"{_named(labels[index], names)} → " if labels is not None else ""
-        p = 0.0 if math.isnan(p) else p
+        said = f" p={p:.2f}"
+        if math.isnan(p):
+            said = f" score={record.scores[index]:.3g}" if record.scores else ""
         called = _called(image_names, index)
-        lines.append(f"#{index}{called} {truth}{_named(prediction, names)} p={p:.2f} · step {record.step}")
+        lines.append(f"#{index}{called} {truth}{_named(prediction, names)}{said} · step {record.step}")
     return lines
 
 
@@ -117,7 +122,7 @@ def image_rows(
             "image": index if image_names is None else image_names[index],
             "label": None if labels is None else _named(labels[index], names),
             "prediction": _named(record.predictions[index], names) if record.predictions else None,
-            "probability": record.probabilities[index] if record.predictions else None,
+            "probability": _known(record.probabilities[index]) if record.predictions else None,
             "score": score,
             "drift": _unlikeness(record, "rank_correlation_previous", index),
             "drift_from_first": _unlikeness(record, "rank_correlation_first", index),
@@ -249,6 +254,10 @@ def _drift(record: ProbeRecord, name: str) -> float:
 
 def _unlikeness(record: ProbeRecord, name: str, index: int) -> float | None:
     return 1.0 - float(record.drift[name][index]) if record.drift and name in record.drift else None
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _called(image_names: Sequence[str] | None, index: int) -> str:

@@ -100,7 +100,7 @@ def _run_data(history: History, name: str, limit: int) -> dict[str, Any]:
         "total": len(history.records),
         "forms": _forms(history),
         "signals": _signal_ranges(history),
-        "settings": {key: str(value) for key, value in (history.run.get("settings") or {}).items()},
+        "settings": _settings(history),
         "fingerprints": {str(n): str(history.segment_run(n).get("fingerprint")) for n in segments},
         "images": {str(number): _photos(history, number) for number in segments},
         "classes": history.run.get("class_names"),
@@ -118,6 +118,11 @@ def _run_data(history: History, name: str, limit: int) -> dict[str, Any]:
         "events": history.events,
         "head_maps": embedded_head_maps(history, int(_HEAD_MAPS_PART * limit)),
     }
+
+
+def _settings(history: History) -> dict[str, str]:
+    said = {"explained": history.run.get("explained"), **(history.run.get("settings") or {})}
+    return {key: str(value) for key, value in said.items()}
 
 
 def _probe_data(history: History, record: ProbeRecord, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,6 +151,7 @@ def _probe_data(history: History, record: ProbeRecord, run: Mapping[str, Any]) -
         "flagged": [list(cell) for cell in record.flagged],
         "predictions": list(record.predictions[:count]),
         "probabilities": [_short(p) for p in record.probabilities[:count]],
+        "scores": [_short(score) for score in record.scores[:count]],
         "previous": _short(_median(drift.get("rank_correlation_previous"))),
         "correlation": [_short(v) for v in drift.get("rank_correlation_first", ())][:count],
         "overlap": [_short(v) for v in drift.get("top20_overlap_first", ())][:count],

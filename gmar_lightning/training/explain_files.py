@@ -16,6 +16,7 @@ from torch import Tensor
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.gmar import GMARResult, gmar
 from gmar_lightning.explain.importance import Norm
+from gmar_lightning.explain.output import Output, predicted
 from gmar_lightning.explain.rollout import Rollout
 from gmar_lightning.show.grids import contribution_grid, importance_grid
 from gmar_lightning.show.head_pictures import all_heads_sheet
@@ -34,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--norm", choices=get_args(Norm), default="l1")
     parser.add_argument("--rollout", choices=get_args(Rollout), default="gradient")
+    parser.add_argument(
+        "--output",
+        choices=get_args(Output),
+        default="logits",
+        help="what the model returns for its classes; decides which probability is printed (default: logits)",
+    )
     parser.add_argument(
         "--heads",
         action="store_true",
@@ -72,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
                 norm=arguments.norm,
                 rollout=arguments.rollout,
                 head_maps=arguments.heads,
+                output=arguments.output,
             )
         except (UnsupportedModelError, ValueError) as error:
             print(f"{arguments.checkpoint}: {error}", file=sys.stderr)
@@ -145,11 +153,12 @@ def _heads_sheet(image: np.ndarray, result: GMARResult) -> np.ndarray:
 def _said(result: GMARResult, names: Sequence[str] | None) -> str:
     assert result.logits is not None
     assert result.targets is not None
-    probabilities = result.logits[0].softmax(-1)
+    assert result.probabilities is not None, "--output says what the logits are"
+    chances = result.probabilities[0]
 
     def one(index: int) -> str:
         name = names[index] if names is not None and index < len(names) else str(index)
-        return f"{name} {float(probabilities[index]):.2f}"
+        return f"{name} {float(chances[index]):.2f}"
 
-    predicted, explained = int(probabilities.argmax()), int(result.targets[0])
-    return one(predicted) + ("" if predicted == explained else f", explained for {one(explained)}")
+    best, explained = int(predicted(result.logits, result.output)[0]), int(result.targets[0])
+    return one(best) + ("" if best == explained else f", explained for {one(explained)}")

@@ -137,7 +137,8 @@ function captionOf(run, probe, k) {
   if (guess !== undefined && guess !== null) {
     const right = label === null || label === guess;
     const said = label === null ? className(run, guess) : right ? " ✓" : " ✗ " + className(run, guess);
-    const percent = chance === null ? "" : ` ${Math.round(chance * 100)} %`;
+    const score = probe.scores?.[k] ?? null;
+    const percent = chance !== null ? ` ${Math.round(chance * 100)} %` : score !== null ? ` score ${score}` : "";
     parts.push(el("span", { class: right ? "soft" : "wrong" }, said + percent));
   }
   const rho = probe.correlation?.[k] ?? null,
