@@ -303,8 +303,8 @@ class _Interceptor:
         bound.apply_defaults()
         given = bound.arguments
         wanted, given["need_weights"] = given["need_weights"], False
-        batched = given["query"].ndim == 3
         output, _ = _MULTI_HEAD(*bound.args, **bound.kwargs)
+        self.trace.tokens.note(output)
         if not wanted or self.last is None:
             return output, None
         call, self.last = self.last, None
@@ -312,7 +312,7 @@ class _Interceptor:
             weights = softmax_map(call.q, call.k, call.mask, call.scale, call.causal)
             weights = weights.mean(1) if given["average_attn_weights"] else weights
             weights = weights.to(call.q.dtype)
-        handed = _SideBranch.apply(weights if batched else weights[0], output)
+        handed = _SideBranch.apply(weights if given["query"].ndim == 3 else weights[0], output)
         self.trace.handed_out.add(handed.grad_fn)
         return output, handed
 
