@@ -143,7 +143,8 @@ def open_call(
     def run() -> Tensor:
         if call is None or budget is None or not budget.takes(call):
             return given.compute()
-        output, ticket.kept, ticket.peak = explicit_attention(call, peaks)
+        with torch._C.DisableTorchFunction():  # as in `visit_blocks`
+            output, ticket.kept, ticket.peak = explicit_attention(call, peaks)
         return output
 
     return OpenAttention.apply(given.q, given.k, given.v, mask, run, ticket)  # pyright: ignore[reportReturnType]

@@ -335,9 +335,11 @@ def _visit(
     sweep: Sweep, index: int, ticket: Ticket, output_grad: Tensor, needs: Needs
 ) -> tuple[Tensor | None, ...]:
     kept, ticket.kept = ticket.kept, None  # freed as soon as it is reduced
-    if index == len(sweep.calls) - 1 and not sweep.calls[index].is_pool:
-        sweep.start_at(without_masked(sweep.readout, [output_grad]))
-    return sweep.take(index, output_grad, kept, ticket.peak, needs)
+    # The function mode that watches the model has nothing to see in what is computed here.
+    with torch._C.DisableTorchFunction():
+        if index == len(sweep.calls) - 1 and not sweep.calls[index].is_pool:
+            sweep.start_at(without_masked(sweep.readout, [output_grad]))
+        return sweep.take(index, output_grad, kept, ticket.peak, needs)
 
 
 def _last_depth(calls: list[AttentionCall], grads: list[Tensor]) -> tuple[list[AttentionCall], list[Tensor]]:

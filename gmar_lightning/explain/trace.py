@@ -31,6 +31,12 @@ _POWERS = frozenset({"pow", "rpow", "ipow", "square", "float_power", "exp", "exp
 # Attention in one operation that neither the name nor the function mode can open.
 _OPAQUE = frozenset({"flex_attention", "varlen_attn"})
 
+# Attributes that are no tensors: nothing to follow, and three of four functions that a mode is asked for.
+ATTRIBUTES = frozenset(
+    getattr(Tensor, name).__get__
+    for name in ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "grad_fn", "is_leaf")
+)
+
 
 @dataclass
 class _Frame:
