@@ -140,7 +140,7 @@ def watched_forward(classifier: nn.Module, inputs: Mapping[str, Any]) -> Any:
         return forward(classifier, inputs)
     except UnsupportedModelError:
         raise
-    except (RuntimeError, ValueError) as error:
+    except (NotImplementedError, ValueError) as error:  # out of memory, say, is no refusal
         raise ForwardError from error
 
 
