@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from gmar_lightning.monitor.events import HeadEvent
-from gmar_lightning.recording import Reaction
+from gmar_lightning.reaction import Reaction
 
 
 def event(kind):

@@ -117,7 +117,7 @@ def test_what_cannot_be_put_back_is_explained_on_a_copy(tmp_path: Path) -> None:
     assert (report["mode"], report["not_restored"]) == ("by copy", [])
     # The copy is the model of now: its scores do not depend on the factor but for the factor itself.
     module = trainer.lightning_module
-    probe = trainer.callbacks[0]._prober.probe
+    probe = trainer.callbacks[0].watches[0].prober.probe
     found = gmar(module.net, probe.images)
     assert records[-1].importance is not None
     factors = records[-1].importance / found.importance.mean(0).numpy()
@@ -172,7 +172,7 @@ def test_what_is_never_written_costs_no_copy(tmp_path: Path) -> None:
     assert same
     assert not said
     assert records[0].verification["mode"] == "same"
-    assert not trainer.callbacks[0]._taker.selftest._twins
+    assert not trainer.callbacks[0].watches[0]._taker.selftest._twins
 
 
 @pytest.mark.slow
