@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from gmar_lightning.explain.ablation import HeadAblation, ablate_heads
 from gmar_lightning.explain.attention import record_attention
+from gmar_lightning.explain.check import Verdict, check
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.gmar import GMARResult, gmar
 from gmar_lightning.monitor.collapse import CollapseDetector
@@ -24,7 +25,9 @@ __all__ = [
     "HeadState",
     "History",
     "UnsupportedModelError",
+    "Verdict",
     "ablate_heads",
+    "check",
     "gmar",
     "prune_order",
     "record_attention",

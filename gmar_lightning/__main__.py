@@ -18,6 +18,11 @@ COMMANDS = (
         "verdict, comparison and HTML report of runs; --json for programs",
         "gmar_lightning.show.report_command",
     ),
+    (
+        "doctor",
+        "whether a model can be explained, what is shown, what a probe costs",
+        "gmar_lightning.training.doctor",
+    ),
     ("watch", "follow a running job in the terminal", "gmar_lightning.show.watch"),
     ("workspace", "save a W&B view of a project's GMAR panels", "gmar_lightning.show.workspace_command"),
 )

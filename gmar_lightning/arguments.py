@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
-from gmar_lightning.explain.inputs import classifier_of
+from gmar_lightning.explain.candidates import candidates, said
+from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.inputs import Inputs, classifier_of, named_inputs
 from gmar_lightning.explain.rollout import Rollout, forms_of
 from gmar_lightning.monitor.batches import masks_of, unpack_batch
-from gmar_lightning.monitor.probe import ProbeBatch
+from gmar_lightning.monitor.probe import ProbeBatch, on_cpu
 from gmar_lightning.monitor.schedule import Adaptive, Every
 from gmar_lightning.monitor.selection import checked_choice
+from gmar_lightning.monitor.settings import ProbeSettings
 
 
 class ConfigurationError(MisconfigurationException, ValueError):
@@ -102,41 +106,84 @@ def check_display(name: str, values: Any) -> list[float] | None:
         raise ConfigurationError(f"{name} must be one number per channel, got {values!r}") from None
 
 
-def given_probe(batch: Any) -> ProbeBatch | None:
+def given_probe(batch: Any, inputs: Inputs = None) -> ProbeBatch | None:
     """The user's own probe batch, kept apart from the tensors it came in."""
     if batch is None:
         return None
-    images, labels = unpack_batch(batch)
+    images, labels = unpack_batch(batch, inputs=inputs)
     if len(images) == 0:
         raise ConfigurationError("probe_batch is empty")
     kept = images.detach().cpu().clone()
     masks = masks_of(batch, images)
     labels, masks = (None if part is None else part.detach().cpu().clone() for part in (labels, masks))
-    return ProbeBatch(kept, labels, masks=masks)
+    return ProbeBatch(kept, labels, masks=masks, batch=None if inputs is None else on_cpu(batch))
 
 
-def given_choice(probe_images: Any, probe_batch: Any) -> Any:
+def given_choice(probe_images: Any, probe_batch: Any, whole_batches: bool = False) -> Any:
     """What `probe_images` asks for, checked; None when it asks for nothing."""
     if probe_images is not None and probe_batch is not None:
         raise ConfigurationError("probe_batch and probe_images are two answers to one question: give one")
-    return None if probe_images is None else checked_choice(probe_images)
+    choice = None if probe_images is None else checked_choice(probe_images)
+    if isinstance(choice, Path) and whole_batches:
+        raise ConfigurationError(
+            "inputs= takes whole batches, and a folder of probe_images has photographs alone: pass probe_batch, or "
+            "indices of the validation set"
+        )
+    return choice
 
 
-def check_fit(trainer: Trainer, pl_module: LightningModule, module: str | None) -> None:
-    """Refuse a trainer and a module that the callback cannot work with, before anything is loaded."""
+def check_modules(module: Any, read: str, **by_path: Any) -> tuple[str | None, ...]:
+    """The paths that `module` names, one or several, for which each mapping in `by_path` must have an entry."""
+    if isinstance(module, str | None):
+        paths = (module,)
+    else:
+        paths = tuple(module) if isinstance(module, Sequence) else ()
+        if not paths or not all(isinstance(path, str) and path for path in paths):
+            raise ConfigurationError(f"module must be a dotted path or a list of them, got {module!r}")
+        if len(set(paths)) < len(paths):
+            raise ConfigurationError(f"module={module!r} names a path twice")
+        if read == "step":
+            raise ConfigurationError('read="step" watches one module: give one path, or read="probe"')
+    for name, value in by_path.items():
+        if isinstance(value, Mapping) and (missing := [path for path in paths if path not in value]):
+            raise ConfigurationError(f"{name} is a mapping from path and has no entry for {missing[0]!r}")
+    return paths
+
+
+def of_path(value: Any, path: str | None) -> Any:
+    """What an argument says for one of several modules: a mapping's entry, or the same for all."""
+    return value[path] if isinstance(value, Mapping) else value
+
+
+def check_fit(trainer: Trainer) -> None:
+    """Refuse a trainer that the callback cannot work with, before anything is loaded."""
     if trainer.barebones:
         raise ConfigurationError(
             "Trainer(barebones=True) switches everything off that costs time; GMARCallback is such a thing. "
             "Remove one of the two."
         )
     check_strategy(trainer.strategy)
-    if module is None and type(pl_module).forward is LightningModule.forward:
-        children = ", ".join(name for name, _ in pl_module.named_children()) or "none"
-        raise ConfigurationError(
-            f"{type(pl_module).__name__} defines no forward(images) -> logits. Define one, or name with "
-            "GMARCallback(module=...) a submodule that returns class scores, backbone and head together; features "
-            f"are explained by a callable target. Its children: {children}"
-        )
+
+
+def check_forward(pl_module: LightningModule, settings: ProbeSettings, probe: ProbeBatch | None) -> None:
+    """Refuse a LightningModule without a forward when no module inside it is named; say which would work."""
+    if settings.module is not None or type(pl_module).forward is not LightningModule.forward:
+        return
+    children = ", ".join(name for name, _ in pl_module.named_children()) or "none"
+    working = ""
+    if probe is not None:
+        given = named_inputs(probe.part(list(range(min(2, len(probe))))), settings.inputs)
+        working = said(candidates(pl_module, given))
+    raise ConfigurationError(
+        f"{type(pl_module).__name__} defines no forward(images) -> logits. Define one, or name with "
+        "GMARCallback(module=...) a submodule that returns class scores, backbone and head together; features "
+        f"are explained by a callable target. Its children: {children}. {working}".rstrip()
+    )
+
+
+def named_in_error(error: UnsupportedModelError, path: str | None) -> UnsupportedModelError:
+    """The error with the module it is about, where several are watched."""
+    return error if path is None else type(error)(f"module={path!r}: {error}")
 
 
 # By class name, so that nothing is imported: what these do to weights was never tried with a probe.

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
 import os
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from gmar_lightning.arguments import (
     ConfigurationError,
@@ -20,13 +16,14 @@ from gmar_lightning.arguments import (
     check_display,
     check_faithfulness_every,
     check_fit,
-    check_module,
+    check_modules,
     check_reactions,
     check_step_read,
     check_target,
     given_choice,
     given_probe,
     given_schedule,
+    of_path,
 )
 from gmar_lightning.chosen import Choice
 from gmar_lightning.explain.gmar import check_form
@@ -34,23 +31,12 @@ from gmar_lightning.explain.importance import Norm
 from gmar_lightning.explain.output import Output
 from gmar_lightning.explain.rollout import Rollout
 from gmar_lightning.monitor.collapse import CollapseDetector
-from gmar_lightning.monitor.probe import ProbeBatch
-from gmar_lightning.monitor.probing import Prober
-from gmar_lightning.monitor.record import ProbeRecord, Source
-from gmar_lightning.monitor.say import SayOnce
-from gmar_lightning.monitor.schedule import repeats
+from gmar_lightning.monitor.record import Source
 from gmar_lightning.monitor.settings import ProbeSettings, Target
-from gmar_lightning.probe_taker import ProbeTaker
-from gmar_lightning.recording import Reaction, Recording, Showing, Tolerance, described
-from gmar_lightning.run_state import RunState, continuable
-from gmar_lightning.show.dashboard import as_metrics
-from gmar_lightning.step_watch import StepWatch, stop_watching
-from gmar_lightning.trainer import (
-    default_folder,
-    is_smoke_test,
-    log_position,
-    state_of_same_run,
-)
+from gmar_lightning.recording import Showing
+from gmar_lightning.targets import name_of
+from gmar_lightning.trainer import state_of_same_run
+from gmar_lightning.watch import Plan, Watch
 
 
 class GMARCallback(Callback):
@@ -71,8 +57,11 @@ class GMARCallback(Callback):
         probe_batch: Your own `(images, labels)`, or a mapping with `images` and optionally `labels`.
         probe_images: Instead of a class-balanced draw: a folder (classes are the names of its folders), indices of
             the validation set, "hardest" or "misclassified" (among 256 images, before the first step).
-        module: Dotted path of the classifier inside the LightningModule; None calls its forward.
-        target: "predicted", "label", a class index, or a callable on the output (`gmar_lightning.targets`).
+        module: Dotted path of the classifier inside the LightningModule; None calls its forward. A list of paths
+            (teacher and student, image and text tower, a moving average) watches each of them with a record folder,
+            logged names (`gmar/<path>/...`) and flags of its own.
+        target: "predicted", "label", a class index, or a callable on the output (`gmar_lightning.targets`); for
+            several modules also a mapping from path to one of these.
         norm: "l1", "l2" or "uniform", see `gmar`.
         rollout: "gradient", "paper", "flow", "rollout" or "last_layer", see `gmar`; the record keeps all of them.
         log_rollouts: Forms whose pictures go to the loggers too, as `gmar/heatmaps_<form>`.
@@ -96,6 +85,8 @@ class GMARCallback(Callback):
         verify: Whether the first probe also copies the weights, to see whether the forward writes them.
         read: "probe", or "step": no probes; L2 importance and contribution of each head are read off due training
             steps, of the loss on their batch, without a forward or a picture. Logged as `gmar_step/...`.
+        inputs: A callable that makes of a validation batch what the forward takes, see `gmar`; for several modules
+            also a mapping from path to callable. It sees batches on the CPU, after the batch-transfer hooks.
 
     Raises:
         ConfigurationError: For arguments that do not fit, with what to change.
@@ -108,8 +99,8 @@ class GMARCallback(Callback):
         num_images: int = 32,
         num_heatmaps: int = 8,
         probe_batch: Any = None,
-        module: str | None = None,
-        target: Target = "predicted",
+        module: str | Sequence[str] | None = None,
+        target: Target | Mapping[str, Target] = "predicted",
         norm: Norm = "l1",
         rollout: Rollout = "gradient",
         residual: float | None = None,
@@ -129,73 +120,84 @@ class GMARCallback(Callback):
         verify: bool = True,
         log_rollouts: Sequence[Rollout] = (),
         read: Source = "probe",
+        inputs: Callable[[Any], Any] | Mapping[str, Callable[[Any], Any]] | None = None,
         output: Output | None = None,
     ) -> None:
         super().__init__()
+        paths = check_modules(module, read, target=target, inputs=inputs)
         try:
-            self._schedule = given_schedule(every_n_train_steps, every_n_epochs, read)
+            schedule = given_schedule(every_n_train_steps, every_n_epochs, read)
             check_form(norm, rollout, residual, micro_batch_size, output)
-            self._given = given_probe(probe_batch)
-            self._choice: Choice | None = given_choice(probe_images, probe_batch)
+            choice: Choice | None = given_choice(probe_images, probe_batch, inputs is not None)
+            given = {path: given_probe(probe_batch, of_path(inputs, path)) for path in paths}
             beside = beside_primary(rollout, log_rollouts)
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
         check_counts(num_images=num_images, num_heatmaps=num_heatmaps, max_events=max_events)
         check_faithfulness_every(faithfulness_every)
         check_reactions(on_error, on_collapse)
-        check_step_read(read, target, probe_batch=probe_batch, probe_images=probe_images, residual=residual)
-        self.read: Source = read
-        check_target(target, self._given)
+        for path in paths:
+            goal = of_path(target, path)
+            check_step_read(read, goal, probe_batch=probe_batch, probe_images=probe_images, residual=residual)
+            check_target(goal, given[path])
         self.num_images, self.module, self.target = num_images, module, target
-        self.norm: Norm = norm
-        self.rollout: Rollout = rollout
+        self.norm, self.rollout = norm, rollout
         self.on_collapse: Literal["warn", "alert", "stop"] | Callable[..., None] = on_collapse
         self.on_error: Literal["warn", "raise"] = on_error
-        self.save_dir, self.verify, self._restored = save_dir, verify, None
+        self.read: Source = read
+        self.save_dir, self.verify = save_dir, verify
         mean, std = check_display("mean", mean), check_display("std", std)
-        self._showing = Showing(num_heatmaps, mean, std, class_names, log_per_head, max_events, beside)
-        self._fresh_detector = CollapseDetector() if detector == "default" else detector
-        self._settings = ProbeSettings(
-            target=target,
-            norm=norm,
-            rollout=rollout,
-            residual=residual,
-            module=module,
-            micro_batch_size=micro_batch_size,
-            confirm=confirm,
-            faithfulness_every=faithfulness_every,
-            drawn=num_heatmaps,
-            output=output,
+        plan = Plan(
+            num_images=num_images,
+            choice=choice,
+            showing=Showing(num_heatmaps, mean, std, class_names, log_per_head, max_events, beside),
+            detector=CollapseDetector() if detector == "default" else detector,
+            on_collapse=on_collapse,
+            on_error=on_error,
+            save_dir=save_dir,
+            verify=verify,
+            read=read,
         )
-        self._begin_run()
-
-    def _begin_run(self) -> None:
-        self._schedule.reset()
-        self._say = SayOnce(rank_zero_warn)
-        fresh = copy.deepcopy(self._fresh_detector)
-        self._prober = Prober(self._settings, detector=fresh, on_error=self.on_error, say=self._say)
-        self._taker = ProbeTaker(self._prober, self._given, self._choice, self.verify, self._say)
-        self._tolerance = Tolerance(self.on_error, self._say)
-        self._reaction = Reaction(self.on_collapse)
-        self._recording = Recording(self._tolerance)
-        self._steps = StepWatch(self._schedule, self._prober) if self.read == "step" else None
-        self._state = RunState()
-        self._fit_started, self._trainer = time.monotonic(), 0
+        several = not isinstance(module, str | None)
+        self.watches = tuple(
+            Watch(
+                plan,
+                ProbeSettings(
+                    target=of_path(target, path),
+                    norm=norm,
+                    rollout=rollout,
+                    residual=residual,
+                    module=path,
+                    layer_prefix=f"{path}." if several else "",
+                    inputs=of_path(inputs, path),
+                    micro_batch_size=micro_batch_size,
+                    confirm=confirm,
+                    faithfulness_every=faithfulness_every,
+                    drawn=num_heatmaps,
+                    output=output,
+                ),
+                copy.deepcopy(schedule),
+                given[path],
+                path if several else None,
+            )
+            for path in paths
+        )
 
     @property
     def detector(self) -> CollapseDetector | None:
-        """The detector of the current run."""
-        return self._prober.detector
+        """The detector of the current run; of several modules, that of the first (`watches` has them all)."""
+        return self.watches[0].prober.detector
 
     @property
     def state_key(self) -> str:
         """Tells apart several callbacks in one trainer."""
+        schedule = self.watches[0].schedule
         return self._generate_state_key(
-            unit=self._schedule.unit,
-            interval=self._schedule.interval if self._schedule.fixed else "auto",
+            unit=schedule.unit,
+            interval=schedule.interval if schedule.fixed else "auto",
             num_images=self.num_images,
-            module=self.module,
-            target=str(self.target) if callable(self.target) else self.target,
+            module=self.module if isinstance(self.module, str | None) else list(self.module),
+            target=name_of(self.target) if callable(self.target) else self.target,
             norm=self.norm,
             rollout=self.rollout,
             **({"read": "step"} if self.read == "step" else {}),  # older checkpoints know no other
@@ -205,80 +207,49 @@ class GMARCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before anything is loaded."""
         if stage == "fit":
-            check_fit(trainer, pl_module, self.module)
+            check_fit(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the probe images, open or continue the record, and probe the untrained model."""
-        check_module(pl_module, self.module)
-        restored, self._restored = self._restored, None
-        if restored is not None or trainer.global_step == 0 or self._trainer != id(trainer):
-            self._begin_run()
-        if restored is not None:
-            self._schedule.load_state_dict(restored["schedule"])
-            self._prober.load_state_dict(restored["session"])
-            self._state = RunState.from_checkpoint(restored)
-        self._trainer, self._fit_started = id(trainer), time.monotonic()
-        began, by_step = self._state.last_probe is None, self._schedule.unit == "step"
-        if began:
-            self._schedule.reset(trainer.global_step if by_step else trainer.current_epoch)
-        if self._steps is not None:
-            self._steps.begin(pl_module, self.module, first=began)
-            self._open_record(trainer, pl_module, None, resumed=restored is not None)
-        else:
-            names, known = self._showing.class_names, self._state.indices
-            probe, self._state.indices = self._taker.draw(trainer, pl_module, self.num_images, names, known)
-            self._open_record(trainer, pl_module, probe, resumed=restored is not None)
-            if began:
-                self._run_probe(trainer, pl_module, log_position(trainer), first=True)
-        self._schedule.begin(trainer.global_step, time.monotonic())
+        for watch in self.watches:
+            watch.begin(trainer, pl_module, self)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """With `read="step"`: watch the batch if its step may be due."""
-        if self._steps is not None:
-            self._steps.before(trainer, pl_module)
+        for watch in self.watches:
+            if watch.steps is not None:
+                watch.steps.before(trainer, pl_module)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With `read="step"`: the batch was seen whole; what other callbacks run from here on is none of it."""
-        if self._steps is not None and pl_module.automatic_optimization:
-            self._steps.stop()
+        for watch in self.watches:
+            if watch.steps is not None and pl_module.automatic_optimization:
+                watch.steps.stop()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Probe when the step count has crossed a multiple of the interval."""
-        if self._steps is not None:
-            record = self._steps.after(trainer)
-            if record is not None:
-                self._state.last_probe = (record.global_step, record.step)
-                self._keep(trainer, pl_module, record)
-        elif self._schedule.unit == "step" and self._schedule.due(trainer.global_step):
-            self._run_probe(trainer, pl_module, log_position(trainer))
+        for watch in self.watches:
+            watch.after_batch(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe when the epoch count has crossed a multiple of the interval."""
-        if self._schedule.unit == "epoch" and self._schedule.due(trainer.current_epoch + 1):
-            self._run_probe(trainer, pl_module, log_position(trainer, ended=True))
-        elif self._schedule.unit == "step" and trainer.global_step == 0:
-            self._say("GMARCallback: Lightning counted no optimizer step in an epoch; use every_n_epochs")
+        for watch in self.watches:
+            watch.after_epoch(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe the trained model, write the report, and say what the run was."""
-        position, before = log_position(trainer, ended=True), self._state.last_probe
-        if before is not None and before[0] != trainer.global_step:
-            position = max(position, before[1] + 1)
-        self._run_probe(trainer, pl_module, position, ended=True)
-        self._close(trainer)
+        for watch in self.watches:
+            watch.end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the record cleanly when training stops early, by Ctrl-C or by an error."""
-        self._close(trainer)
+        for watch in self.watches:
+            watch.close(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as plain values."""
-        return {
-            **self._state.state_dict(),
-            "schedule": self._schedule.state_dict(),
-            "session": self._prober.state_dict(),
-            "read": self.read,
-        }
+        """What a resumed run needs, as plain values; of several modules, by path too."""
+        several = {watch.path: watch.state_dict() for watch in self.watches if watch.path is not None}
+        return {**self.watches[0].state_dict(), **({"modules": several} if several else {})}
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -290,61 +261,7 @@ class GMARCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a run when training starts."""
-        self._restored = continuable(state_dict, self.read, self._say)
-
-    def _open_record(
-        self, trainer: Trainer, pl_module: LightningModule, probe: ProbeBatch | None, resumed: bool
-    ) -> None:
-        state, changed = self._state, self._state.has_other_images(probe, self._say)
-        state.folder = str(self.save_dir or state.folder or default_folder(trainer, self))
-        if self._recording.is_open and not changed:
-            return
-        on_disk = self.save_dir is not None or not is_smoke_test(trainer)
-        self._recording = Recording.open(
-            trainer,
-            pl_module,
-            probe,
-            self._showing,
-            folder=Path(state.folder) if on_disk else None,
-            settings=described(self._settings, self._schedule, self.num_images, self.read),
-            schedule=self._schedule,
-            resumed=resumed or changed,
-            say=self._say,
-            tolerance=self._tolerance,
-        )
-        if probe is not None:
-            self._prober.begin(probe, *self._recording.seam(self.rollout))
-
-    def _run_probe(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        step: int,
-        first: bool = False,
-        ended: bool = False,
-    ) -> None:
-        now = (trainer.global_step, step)
-        over = self._taker.spent or (is_smoke_test(trainer) and not first)
-        if over or repeats(self._state.last_probe, now):
-            return
-        stop_watching(trainer)  # another callback may read this very step, and the probe is none of it
-        started, self._state.last_probe = time.monotonic(), now
-        record = self._taker.take(trainer, pl_module, step, first, ended)
-        self._keep(trainer, pl_module, record)
-        took = time.monotonic() - started
-        self._state.seconds += took
-        if chosen := self._schedule.paid(trainer.global_step, took, started + took):
-            rank_zero_info(f"GMARCallback: {chosen}")
-            self._recording.plan(trainer, self._schedule)
-
-    def _keep(self, trainer: Trainer, pl_module: LightningModule, record: ProbeRecord) -> None:
-        if record.failure is None:
-            trainer.callback_metrics.update(as_metrics(record))
-        self._recording.add(record, trainer.print)
-        react = functools.partial(self._reaction.to, trainer, pl_module, record.events, self._recording.alert)
-        self._tolerance.run("on_collapse", react, record.step)
-
-    def _close(self, trainer: Trainer) -> None:
-        stop_watching(trainer)
-        prober, seconds = self._prober, (self._state.seconds, time.monotonic() - self._fit_started)
-        self._recording.close(trainer, (prober.taken, prober.failed), seconds)
+        for watch in self.watches:
+            # A module that was not watched before starts a record of its own.
+            own = state_dict if watch.path is None else state_dict.get("modules", {}).get(watch.path)
+            watch.load_state_dict(own)

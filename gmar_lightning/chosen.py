@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from gmar_lightning.arguments import ConfigurationError
-from gmar_lightning.explain.inputs import classifier_of
+from gmar_lightning.explain.inputs import Inputs, classifier_of, forward, model_inputs
 from gmar_lightning.explain.isolation import undisturbed
 from gmar_lightning.monitor.probe import ProbeBatch, agreed_probe, draw_indices
 from gmar_lightning.monitor.processes import ProbeError
@@ -43,6 +43,7 @@ def chosen_probe(
     module: str | None,
     class_names: Sequence[str] | None,
     say: SayOnce,
+    inputs: Inputs = None,
 ) -> ProbeBatch:
     """The images that `probe_images` names; every process calls, and all of them get the same.
 
@@ -54,6 +55,7 @@ def chosen_probe(
         module: Dotted path of the classifier inside the model.
         class_names: To turn the names of folders into classes; found when None.
         say: Says a sentence on the console, once.
+        inputs: Makes of a batch what the model takes, see `gmar`.
 
     Raises:
         ConfigurationError: When they cannot be had, with what to change.
@@ -68,19 +70,19 @@ def chosen_probe(
             return from_folder(choice, num_images, prepare, class_names or class_names_of(trainer, pl_module))
         length = len(loader.dataset)
         if not isinstance(choice, str):
-            return draw_indices(loader, checked_indices(choice, length), transfer)
+            return draw_indices(loader, checked_indices(choice, length), transfer, inputs)
         pool = candidates(length)
-        drawn = draw_indices(loader, pool, transfer)
+        drawn = draw_indices(loader, pool, transfer, inputs)
         if drawn.labels is None:
             raise ValueError(f"probe_images={choice!r} needs labels, and the validation batches have none")
         model = classifier_of(callable_model(trainer, pl_module), module)
-        order, mistaken = _ranked(trainer, pl_module, model, choice, drawn)
+        order, mistaken = _ranked(trainer, model, choice, drawn, inputs)
         if choice == "misclassified" and mistaken < min(num_images, len(order)):
             say(
                 f"GMARCallback: {mistaken} of the {len(order)} images looked at are misclassified; the hardest of "
                 "the others fill up the probe"
             )
-        return draw_indices(loader, [pool[position] for position in order[:num_images]], transfer)
+        return draw_indices(loader, [pool[position] for position in order[:num_images]], transfer, inputs)
 
     try:
         with silenced(trainer, pl_module), undisturbed(pl_module), validating(trainer):
@@ -101,14 +103,18 @@ def indices_of(choice: Choice, probe: ProbeBatch) -> list[int] | None:
 
 def _ranked(
     trainer: Trainer,
-    pl_module: LightningModule,
     model: nn.Module,
     choice: Literal["hardest", "misclassified"],
     drawn: ProbeBatch,
+    inputs: Inputs,
 ) -> tuple[list[int], int]:
     assert drawn.labels is not None
+
+    def run(rows: Tensor) -> Any:
+        return forward(model, model_inputs(model, drawn.part(rows.tolist()), inputs))
+
     with torch.no_grad(), trainer.precision_plugin.forward_context():
-        return ranked(choice, model, drawn.images.to(pl_module.device), drawn.labels)
+        return ranked(choice, run, torch.arange(len(drawn)), drawn.labels)
 
 
 def _preparation(trainer: Trainer, pl_module: LightningModule, loader: Any, transfer: Any) -> Any:

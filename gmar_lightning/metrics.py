@@ -19,6 +19,7 @@ from torchmetrics.utilities import rank_zero_warn
 
 from gmar_lightning.explain import faithfulness
 from gmar_lightning.explain.importance import head_shares
+from gmar_lightning.explain.inputs import Goal
 from gmar_lightning.explain.localisation import energy_in_mask, pointing_game
 from gmar_lightning.explain.perturbation import PIXEL_BASELINES, Baseline, check_baseline
 
@@ -84,13 +85,13 @@ class _OfModel(_MeanOverImages):
         self._borrowed = _Borrowed(model)
         self._measure = measure
 
-    def update(self, images: Tensor, heatmaps: Tensor, targets: Tensor) -> None:
+    def update(self, images: Tensor, heatmaps: Tensor, targets: Goal) -> None:
         """Add a batch.
 
         Args:
             images: `(batch, channels, height, width)`, as the model reads them.
             heatmaps: `(batch, grid_h, grid_w)`.
-            targets: `(batch,)`, the classes explained.
+            targets: `(batch,)`, the classes explained; or a callable, whose number stands for the probability.
         """
         self._add(self._measure(self._borrowed.model, images, heatmaps, targets))
 

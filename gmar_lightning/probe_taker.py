@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -27,6 +28,9 @@ from gmar_lightning.trainer import (
 class ProbeTaker:
     """What a `Prober` needs of a trainer.
 
+    Attributes:
+        selftest: Sees to it that a probe leaves no trace.
+
     Args:
         prober: Explains and judges.
         given: The user's own images, or None.
@@ -40,12 +44,12 @@ class ProbeTaker:
     ) -> None:
         self._prober, self._given, self._say = prober, given, say
         self._choice: Choice | None = choice
-        self._selftest = SelfTest(verify, say)
+        self.selftest = SelfTest(verify, say)
 
     @property
     def spent(self) -> bool:
         """Whether no more probes are taken: three failed in a row, or none leaves the model as it was."""
-        return self._prober.probe is None or self._prober.spent or self._selftest.mode == "refused"
+        return self._prober.probe is None or self._prober.spent or self.selftest.mode == "refused"
 
     def draw(
         self,
@@ -65,22 +69,34 @@ class ProbeTaker:
             indices: Those of the run that is continued.
         """
         settings = self._prober.settings = settings_of_run(trainer, pl_module, self._prober.settings)
-        given = self._given
+        given, inputs = self._given, settings.inputs
         if self._choice is not None:
             which: Choice = indices or self._choice
-            given = chosen_probe(trainer, pl_module, which, num_images, settings.module, names, self._say)
+            given = chosen_probe(
+                trainer, pl_module, which, num_images, settings.module, names, self._say, inputs
+            )
             indices = indices_of(self._choice, given)
-        probe = draw_images(trainer, pl_module, given, num_images, settings.target == "label", self._say)
+        labelled = settings.target == "label"
+        probe = draw_images(trainer, pl_module, given, num_images, labelled, self._say, inputs)
         return probe, indices
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs of the prober and the self-test, as plain values."""
+        return {"session": self._prober.state_dict(), "selftest": self.selftest.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken; older checkpoints say nothing of the self-test."""
+        self._prober.load_state_dict(state["session"])
+        self.selftest.load_state_dict(state.get("selftest", self.selftest.state_dict()))
 
     def take(
         self, trainer: Trainer, pl_module: LightningModule, step: int, first: bool, ended: bool
-    ) -> ProbeRecord:
-        """Take a probe at the logger's x `step`; every process calls."""
+    ) -> ProbeRecord | None:
+        """Take a probe at the logger's x `step`; every process calls. None where none leaves no trace."""
         last = ended or ends_here(trainer)
         moment = Moment(step, trainer.global_step, trainer.current_epoch, logged_metrics(trainer), last)
         with silenced(trainer, pl_module):
-            return self._selftest.take(
+            return self.selftest.take(
                 lambda model: self._prober.take(model, moment, first),
                 callable_model(trainer, pl_module),
                 state_of_run(trainer, pl_module),

@@ -8,26 +8,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 
-from gmar_lightning.monitor.attention_kinds import RULES
 from gmar_lightning.monitor.drift import DriftTracker
-from gmar_lightning.monitor.events import HeadEvent
 from gmar_lightning.monitor.history import History
+from gmar_lightning.monitor.lock import FolderLock
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.processes import of_first_process
 from gmar_lightning.monitor.record import ProbeRecord, Source
+from gmar_lightning.monitor.runfile import OtherModelError, run_of_other_model
 from gmar_lightning.monitor.say import SayOnce
 from gmar_lightning.monitor.schedule import Every
 from gmar_lightning.monitor.settings import ProbeSettings
-from gmar_lightning.show.console import alarm_text, opening_line
+from gmar_lightning.show.console import opening_line
 from gmar_lightning.show.publisher import Display, Publisher
+from gmar_lightning.targets import name_of
 from gmar_lightning.trainer import class_names_of, logged_metrics, photographs, planned_probes
 from gmar_lightning.version import __version__
-
-# What is worth stopping for, and what is worth a word: attention can degenerate in a model that still learns.
-_ALARMS = ("collapsed", "layer_vanishing", "nonfinite")
-_WARNINGS = tuple(rule.kind for rule in RULES)
 
 
 class Tolerance:
@@ -39,7 +36,7 @@ class Tolerance:
     """
 
     def __init__(self, on_error: Literal["warn", "raise"], say: SayOnce) -> None:
-        self._raises, self._say = on_error == "raise", say
+        self._raises, self.say = on_error == "raise", say
 
     def run(self, what: str, action: Callable[[], object], step: int) -> None:
         """Do it; `what` names it, where it fails.
@@ -53,7 +50,7 @@ class Tolerance:
         except Exception as error:
             if self._raises and not isinstance(error, OSError):
                 raise
-            self._say(
+            self.say(
                 f"GMARCallback: {what} failed at step {step}, training goes on ({type(error).__name__}: {error})",
                 what,
             )
@@ -89,6 +86,7 @@ class Recording:
         tolerance: What happens where storing or showing fails.
         history: The record, on the first process.
         publisher: What shows it, likewise.
+        lock: Keeps other runs out of the record's folder.
         opened: Whether a run has begun; not before `open`.
     """
 
@@ -97,10 +95,16 @@ class Recording:
         tolerance: Tolerance,
         history: History | None = None,
         publisher: Publisher | None = None,
+        lock: FolderLock | None = None,
         opened: bool = False,
     ) -> None:
-        self._tolerance, self._closed, self._open = tolerance, False, opened
+        self._tolerance, self._closed, self._open, self._lock = tolerance, False, opened, lock
         self.history, self.publisher = history, publisher
+
+    @property
+    def folder(self) -> str | None:
+        """Where the record is written; None where there is none."""
+        return str(self.history.dir) if self.history is not None and self.history.on_disk else None
 
     @classmethod
     def open(
@@ -116,6 +120,7 @@ class Recording:
         resumed: bool,
         say: SayOnce,
         tolerance: Tolerance,
+        path: str | None = None,
     ) -> Recording:
         """Start or continue the record, in memory alone where the folder cannot be used; save the photographs.
 
@@ -130,6 +135,7 @@ class Recording:
             resumed: Whether a record in the folder is continued.
             say: Says a sentence on the console, once.
             tolerance: What happens where storing or showing fails.
+            path: Of the module, as part of every logged name, where several are watched.
         """
         if not trainer.is_global_zero:
             return cls(tolerance, opened=True)
@@ -142,11 +148,7 @@ class Recording:
             "settings": dict(settings),
             **(_OF_STEPS if probe is None else _of_images(probe, showing.num_heatmaps)),
         }
-        try:
-            history = History.open(folder, run, trainer.global_step if resumed else None)
-        except (OSError, ValueError) as error:
-            say(f"GMARCallback: no record can be written to {folder} ({error}); the run goes on without it")
-            history = History.open(None, run)
+        history, lock = _opened(folder, run, trainer.global_step if resumed else None, say)
         pictures: list[Any] = []
         if probe is not None:
             images = probe.images[: showing.num_heatmaps]
@@ -161,7 +163,8 @@ class Recording:
             most_media=showing.max_events,
             rollouts=showing.rollouts,
         )
-        recording = cls(tolerance, history, Publisher(history, trainer.loggers, display, say), opened=True)
+        publisher = Publisher(history, trainer.loggers, display, say, path)
+        recording = cls(tolerance, history, publisher, lock, opened=True)
         recording.plan(trainer, schedule)
         return recording
 
@@ -187,12 +190,11 @@ class Recording:
     def add(self, record: ProbeRecord, show: Callable[[str], None]) -> None:
         """Store a probe and show it; of the first one, `show` prints what was seen of the model."""
         self._closed = False  # a second `fit` of the same trainer goes on with the record
-        history, publisher = self.history, self.publisher
-        if history is not None:
-            self._tolerance.run("the record", lambda: history.append(record), record.step)
+        if self.history is not None and self.publisher is not None:
+            self._tolerance.run("the record", lambda: self._store(record), record.step)
             if record.classes:
-                show(opening_line(history.run))
-        if publisher is not None:
+                show(opening_line(self.history.run))
+            publisher = self.publisher  # another one, perhaps, than before
             self._tolerance.run("the display", lambda: publisher.show(record), record.step)
 
     def alert(self, title: str, text: str) -> None:
@@ -209,68 +211,61 @@ class Recording:
             seconds: Time spent in probes, and in the whole fit.
         """
         publisher = self.publisher
-        if self._closed or publisher is None or not publisher.history.records:
-            return
-        self._closed = True
 
         def sum_up() -> None:
-            lines = publisher.close(metrics=logged_metrics(trainer), counts=counts, seconds=seconds)
-            trainer.print("\n".join(lines))
+            if publisher is not None and publisher.history.records and not self._closed:
+                self._closed = True
+                lines = publisher.close(metrics=logged_metrics(trainer), counts=counts, seconds=seconds)
+                trainer.print("\n".join(lines))
 
-        self._tolerance.run("the summary", sum_up, trainer.global_step)
+        try:
+            self._tolerance.run("the summary", sum_up, trainer.global_step)
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def _store(self, record: ProbeRecord) -> None:
+        history, publisher = self.history, self.publisher
+        assert history is not None
+        assert publisher is not None
+        try:
+            history.append(record)
+        except OtherModelError as error:
+            self._tolerance.say(
+                f"GMARCallback: the model is not the one of the record ({error}); a new record begins, the one "
+                "before is kept beside it (previous_01, ...)"
+            )
+            folder, run = (
+                history.dir if history.on_disk else None,
+                run_of_other_model(history.run, history.segment),
+            )
+            self.history = history = History.open(folder, run)
+            self.publisher = publisher.on(history)
+            history.append(record)
+        if publisher.display.images and not history.input_paths(history.segment):
+            history.save_inputs(publisher.display.images)
 
 
-class Reaction:
-    """Acts on what the detector reports, on every process.
-
-    Collapsed heads, vanished layers and importance that is not finite are alarms. Attention that degenerates
-    (`attention_kinds.RULES`) is warned of and goes with the loggers' alerts, but never stops a run and never
-    calls a callable written for collapses.
-
-    Args:
-        on_collapse: "warn", "alert" (the loggers' alert too), "stop" (graceful), or a callable
-            `(trainer, pl_module, events)`.
-    """
-
-    def __init__(self, on_collapse: Literal["warn", "alert", "stop"] | Callable[..., None]) -> None:
-        self._on_collapse = on_collapse
-        self._nonfinite = False
-
-    def to(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        events: Sequence[HeadEvent],
-        alert: Callable[[str, str], None],
-    ) -> None:
-        """React to one probe's events.
-
-        Args:
-            trainer: Stopped, with "stop".
-            pl_module: Handed to a callable.
-            events: What the detector reported.
-            alert: Sends title and text to the loggers.
-
-        Raises:
-            Exception: What the user's callable raises.
-        """
-        nonfinite = any(event.kind == "nonfinite" for event in events)
-        # Importance that stays broken is one alarm, not one for each probe.
-        repeated, self._nonfinite = nonfinite and self._nonfinite, nonfinite
-        alarms = [event for event in events if event.kind in _ALARMS and not repeated]
-        said = [event for event in events if event in alarms or event.kind in _WARNINGS]
-        if callable(self._on_collapse):
-            said = [event for event in said if event not in alarms]  # those are the callable's
-            if alarms:
-                self._on_collapse(trainer, pl_module, alarms)
-        if not said:
-            return
-        text = alarm_text(said)
-        rank_zero_warn(f"GMARCallback: {text}")
-        if self._on_collapse in ("alert", "stop"):
-            alert("GMAR: attention heads", text)
-        if self._on_collapse == "stop" and alarms:
-            trainer.should_stop = True
+def _opened(
+    folder: Path | None, run: Mapping[str, Any], resume_at: int | None, say: SayOnce
+) -> tuple[History, FolderLock | None]:
+    """The record in a folder that no other run writes to; in memory where there is none."""
+    if folder is None:
+        return History.open(None, run), None
+    try:
+        lock = FolderLock(folder)
+        if lock.folder != folder:
+            say(f"GMARCallback: another run writes to {folder}; the record of this one goes to {lock.folder}")
+        try:
+            return History.open(lock.folder, run, resume_at), lock
+        except ValueError as error:
+            say(
+                f"GMARCallback: {error}; what is there is kept in previous_01 (02, ...), and a new record begins"
+            )
+            return History.create(lock.folder, run), lock
+    except OSError as error:
+        say(f"GMARCallback: no record can be written to {folder} ({error}); the run goes on without it")
+        return History.open(None, run), None
 
 
 # What `run.json` says of the images where there are none: the batches of training, each another one.
@@ -309,7 +304,7 @@ def described(settings: ProbeSettings, schedule: Every, num_images: int, source:
         "num_images": num_images,
         "num_heatmaps": settings.drawn,
         "module": settings.module,
-        "target": str(settings.target) if callable(settings.target) else settings.target,
+        "target": name_of(settings.target) if callable(settings.target) else settings.target,
         "norm": settings.norm,
         "rollout": settings.rollout,
         "residual": 1.0 if settings.residual is None else settings.residual,

@@ -20,6 +20,7 @@ class RunState:
         seconds: Time spent in probes, pictures and logging included.
         folder: Where the record is.
         fingerprint: Of the probe images.
+        asked: Folder that the user asked for; the record is beside it where another run was writing there.
         indices: Of the probe images in the validation set, where they were chosen there.
     """
 
@@ -28,6 +29,7 @@ class RunState:
     folder: str | None = None
     fingerprint: str | None = None
     indices: list[int] | None = None
+    asked: str | None = None
 
     def has_other_images(self, probe: ProbeBatch | None, say: SayOnce) -> bool:
         """Note the probe images, None where steps are read; whether the run had others before."""
@@ -47,16 +49,18 @@ class RunState:
             "last_probe": list(self.last_probe or ()),
             "probe_seconds": self.seconds,
             "folder": self.folder,
+            "save_dir": self.asked,
             "fingerprint": self.fingerprint,
             "probe_images": self.indices,
         }
 
     @classmethod
-    def from_checkpoint(cls, state: Mapping[str, Any]) -> RunState:
-        """Continue where `state_dict` was taken."""
+    def from_checkpoint(cls, state: Mapping[str, Any], asked: str | None) -> RunState:
+        """Continue where `state_dict` was taken, in the same folder unless another is `asked` for now."""
         step, x = state["last_probe"]
         indices = state.get("probe_images")  # missing in older checkpoints
-        return cls((step, x), state["probe_seconds"], state["folder"], state["fingerprint"], indices)
+        folder = state["folder"] if state.get("save_dir") == asked else None
+        return cls((step, x), state["probe_seconds"], folder, state["fingerprint"], indices, asked)
 
 
 def continuable(state: Mapping[str, Any], read: Source, say: SayOnce) -> dict[str, Any] | None:

@@ -92,6 +92,6 @@ class StepWatch:
 def stop_watching(trainer: Trainer) -> None:
     """Let no callback of the trainer take what is run from here on for the step it watches."""
     for callback in callbacks_of(trainer):
-        watch = getattr(callback, "_steps", None)
-        if isinstance(watch, StepWatch):
-            watch.stop()
+        for watch in getattr(callback, "watches", ()):
+            if isinstance(watch.steps, StepWatch):
+                watch.steps.stop()

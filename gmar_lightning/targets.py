@@ -2,7 +2,8 @@
 
 A target is a callable `(output) -> (batch,)` on whatever the model returns: a tensor, a tuple, a mapping or an
 object with attributes. Any callable will do; those here cover the usual tasks, can be pickled and named in YAML, and
-say in a caption what they are (`str(target)`). Row i may depend on image i alone.
+say in a caption what they are (`name_of`). Row i may depend on image i alone. A target that has something of its own
+for each image says with `for_images(rows)` what it is for part of the batch, rows a slice or a list of indices.
 """
 
 from __future__ import annotations
@@ -54,17 +55,14 @@ class ClassLogit:
         return logits.gather(1, index[:, None])[:, 0]
 
     def __str__(self) -> str:
-        return (
-            "logit of the predicted class"
-            if self.class_index is None
-            else f"logit of class {self.class_index}"
-        )
+        which = "the predicted class" if self.class_index is None else f"class {self.class_index}"
+        return f"logit of {which}"
 
-    def for_images(self, rows: slice) -> ClassLogit:
+    def for_images(self, rows: slice | list[int]) -> ClassLogit:
         """The same target for part of the batch."""
         if self.class_index is None or isinstance(self.class_index, int):
             return self
-        return ClassLogit(list(self.class_index)[rows], self.name)
+        return ClassLogit(torch.tensor(list(self.class_index))[rows].tolist(), self.name)
 
 
 class MaskLogit:
@@ -91,20 +89,21 @@ class MaskLogit:
         logits = part_of(output, _LOGIT_NAMES, self.name)
         _check_dims(self, logits, 4, "(batch, classes, height, width)")
         chosen = _at(logits, self.class_index, self, "class")
-        if self.mask is None:
-            weights = (logits.detach().argmax(1) == self.class_index).to(logits.dtype)
-            empty = weights.flatten(1).sum(-1) == 0
-            weights = torch.where(empty[:, None, None], 1.0, weights)
-        else:
-            weights = torch.as_tensor(self.mask).to(device=logits.device, dtype=logits.dtype)
-            if weights.shape not in (chosen.shape, chosen.shape[1:]):
-                raise ValueError(
-                    f"{self}: the mask has shape {tuple(weights.shape)}, the output {tuple(chosen.shape)}"
-                )
-            weights = weights.expand_as(chosen)
+        mask = self.region(output) if self.mask is None else torch.as_tensor(self.mask)
+        weights = mask.to(device=logits.device, dtype=logits.dtype)
+        if weights.shape not in (chosen.shape, chosen.shape[1:]):
+            raise ValueError(
+                f"{self}: the mask has shape {tuple(weights.shape)}, the output {tuple(chosen.shape)}"
+            )
+        weights = weights.expand_as(chosen)
         return (chosen * weights).sum((1, 2)) / weights.sum((1, 2)).clamp_min(torch.finfo(logits.dtype).tiny)
 
-    def for_images(self, rows: slice) -> MaskLogit:
+    def region(self, output: Any) -> Tensor:
+        """The pixels predicted as the class (all, for an image without any), `(batch, height, width)`."""
+        chosen = part_of(output, _LOGIT_NAMES, self.name).argmax(1) == self.class_index
+        return chosen | ~chosen.flatten(1).any(-1)[:, None, None]
+
+    def for_images(self, rows: slice | list[int]) -> MaskLogit:
         """The same target for part of the batch."""
         if self.mask is None or self.mask.ndim == 2:
             return self
@@ -149,7 +148,7 @@ class Similarity:
             )
         return torch.nn.functional.cosine_similarity(features, wanted.expand_as(features), dim=-1)
 
-    def for_images(self, rows: slice) -> Similarity:
+    def for_images(self, rows: slice | list[int]) -> Similarity:
         """The same target for part of the batch."""
         return self if self.embedding.ndim == 1 else Similarity(self.embedding[rows], self.label, self.name)
 
@@ -216,11 +215,8 @@ class MultiLabel:
         return (logits * chosen).sum(-1)
 
     def __str__(self) -> str:
-        return (
-            "logits of the labels predicted"
-            if self.labels is None
-            else f"logits of labels {list(self.labels)}"
-        )
+        which = "the labels predicted" if self.labels is None else f"labels {list(self.labels)}"
+        return f"logits of {which}"
 
 
 class DetectionScore:
@@ -296,6 +292,12 @@ def part_of(output: Any, names: Sequence[str], name: str | None = None) -> Tenso
             if isinstance(value, Tensor):
                 return value
     raise ValueError(f"the model returned {described(output)}; looked for {name or ', '.join(names)}")
+
+
+def name_of(target: Any) -> str:
+    """What captions, records and errors call a target: a function's name, else what `str` says."""
+    inner = getattr(target, "func", target)  # a partial is called like its function
+    return getattr(inner, "__name__", None) or str(target)
 
 
 def described(output: Any) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from gmar_lightning.arguments import ConfigurationError
+from gmar_lightning.explain.inputs import Inputs
 from gmar_lightning.explain.isolation import undisturbed
 from gmar_lightning.monitor.probe import ProbeBatch, agreed_probe, draw_probe
 from gmar_lightning.monitor.processes import ProbeError
@@ -34,14 +35,11 @@ def draw_images(
     num_images: int,
     needs_labels: bool,
     say: SayOnce,
+    inputs: Inputs = None,
 ) -> ProbeBatch:
-    """The probe images: the user's own, or drawn from the validation set.
-
-    Raises:
-        ConfigurationError: When there are none, or no labels where the target needs them.
-    """
+    """The probe images, the user's own or drawn; a `ConfigurationError` without any, or without labels if needed."""
     try:
-        probe = given or _draw_from_validation(trainer, pl_module, num_images)
+        probe = given or _draw_from_validation(trainer, pl_module, num_images, inputs)
     except (ValueError, ProbeError) as error:
         raise ConfigurationError(f"GMARCallback: {error}") from error
     if probe is None:
@@ -85,7 +83,9 @@ def photographs(
         return []
 
 
-def _draw_from_validation(trainer: Trainer, pl_module: LightningModule, num_images: int) -> ProbeBatch | None:
+def _draw_from_validation(
+    trainer: Trainer, pl_module: LightningModule, num_images: int, inputs: Inputs
+) -> ProbeBatch | None:
     """The probe images, from the validation set and through the batch-transfer hooks; None without one.
 
     Raises:
@@ -101,12 +101,12 @@ def _draw_from_validation(trainer: Trainer, pl_module: LightningModule, num_imag
         loader = validation_loader(trainer)
         if loader is None:
             return None
-        return agreed_probe(lambda: _drawn(loader, num_images, transfer))
+        return agreed_probe(lambda: _drawn(loader, num_images, transfer, inputs))
 
 
-def _drawn(loader: Any, num_images: int, transfer: Any) -> ProbeBatch:
+def _drawn(loader: Any, num_images: int, transfer: Any, inputs: Inputs) -> ProbeBatch:
     try:
-        return draw_probe(loader, num_images, transfer)
+        return draw_probe(loader, num_images, transfer, inputs)
     except ValueError:
         raise
     except Exception as error:
@@ -344,5 +344,4 @@ def not_state(trainer: Trainer) -> tuple[Any, ...]:
     return (trainer, trainer.strategy, *trainer.loggers)
 
 
-def _log_nothing(*args: Any, **kwargs: Any) -> None:
-    return None
+def _log_nothing(*_: Any, **__: Any) -> None: ...

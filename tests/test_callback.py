@@ -215,7 +215,7 @@ def test_argument_names_are_those_of_the_documentation() -> None:
         "on_error": "warn", "mean": None, "std": None, "class_names": None, "log_per_head": False, "save_dir": None,
     }  # fmt: skip
     assert {name: parameters[name].default for name in defaults} == defaults
-    assert GMARCallback()._schedule.interval == 100
+    assert GMARCallback().watches[0].schedule.interval == 100
 
 
 def test_an_interval_that_adapts_is_said_and_recorded(tmp_path: Path, caplog: Any) -> None:
@@ -226,6 +226,6 @@ def test_an_interval_that_adapts_is_said_and_recorded(tmp_path: Path, caplog: An
     assert [record.global_step for record in history.records][:2] == [0, 20]
     assert history.run["settings"]["every"] == "auto: at most 1 % of the time"
     chosen = re.findall(r"every (\d+) steps keeps probes under 1 % of the time", caplog.text)
-    assert int(chosen[-1]) == callback._schedule.interval
+    assert int(chosen[-1]) == callback.watches[0].schedule.interval
     with pytest.raises(ValueError, match="every_n_train_steps='often' is unknown"):
         GMARCallback(every_n_train_steps="often")  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from gmar_lightning.explain.faithfulness import (
 from gmar_lightning.explain.gmar import gmar
 from gmar_lightning.explain.localisation import energy_in_mask, pointing_game
 from gmar_lightning.explain.perturbation import perturbing
+from gmar_lightning.targets import Regression
 
 BASELINES = ("black", "mean", "blur", "attention")
 WEIGHTS = torch.tensor([[2.0, 1.0], [0.5, -1.5]])
@@ -184,6 +185,40 @@ def test_areas_equal_a_plain_loop(vit, batch, insert):
             vit, image, heatmaps[index].numpy(), int(targets[index]), range(0, 16, 3), insert, removed
         )
         assert float(found[index]) == pytest.approx(np.trapezoid(curve, dx=0.2), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("measure", "options"),
+    [
+        (insertion, {"baseline": "attention"}),
+        (deletion, {"steps": 3}),
+        (average_drop, {"baseline": "mean"}),
+        (average_increase, {}),
+        (saco, {"groups": 5}),
+    ],
+)
+def test_a_callable_that_is_the_probability_gives_the_numbers_of_the_class(vit, batch, measure, options):
+    images, heatmaps, targets = batch
+
+    def probability(output):
+        return output.softmax(-1).gather(1, targets[:, None])[:, 0]
+
+    found = measure(vit, images, heatmaps, probability, **options)
+    torch.testing.assert_close(found, measure(vit, images, heatmaps, targets, **options))
+
+
+def test_a_callable_of_any_sign_is_measured_in_its_own_unit(vit, batch):
+    images, heatmaps, _ = batch
+    target = Regression(1, sign=-1)
+    found = deletion(vit, images, heatmaps, target, steps=1)
+    removed = images.mean((-2, -1), keepdim=True).expand_as(images)
+    with torch.no_grad():
+        ends = -vit(images)[:, 1], -vit(removed)[:, 1]
+    torch.testing.assert_close(found, (ends[0] + ends[1]) / 2)
+    dropped = average_drop(vit, images, torch.zeros_like(heatmaps), target, baseline="mean")
+    torch.testing.assert_close(dropped, (ends[0] - ends[1]).clamp_min(0) / ends[0].abs())
+    with pytest.raises(UnsupportedModelError, match="returned a tensor of shape"):
+        deletion(vit, images, heatmaps, lambda output: output)
 
 
 def test_saco_equals_a_plain_loop(vit, batch):

@@ -199,7 +199,7 @@ def test_forward_that_changes_its_output_type_in_mid_run(tmp_path: Path) -> None
 
 def test_labels_missing_in_mid_run(tmp_path: Path) -> None:
     def forget(trainer: Any, module: Any) -> None:
-        prober = trainer.callbacks[0]._prober
+        prober = trainer.callbacks[0].watches[0].prober
         prober.probe = ProbeBatch(prober.probe.images, None)
 
     said, _, _ = run(tmp_path, callbacks=[At(5, forget)], target="label")
@@ -397,5 +397,5 @@ def test_probe_images_are_kept_apart_from_the_users(tmp_path: Path) -> None:
     mine = images_of(4)
     callback = watcher(tmp_path, probe_batch=(mine, torch.arange(4)))
     mine.zero_()
-    assert callback._given is not None
-    assert callback._given.images.abs().sum() > 0
+    assert callback.watches[0].given is not None
+    assert callback.watches[0].given.images.abs().sum() > 0

@@ -249,7 +249,7 @@ def test_a_run_of_format_1_goes_on(rollout: Any, before: Path, tmp_path: Path) -
     assert next(iter(history.maps_of(history.records[-1]))) == rollout
     assert "</html>" in (before / "report.html").read_text("utf-8")
     (state,) = [value for key, value in saved["callbacks"].items() if key.startswith("GMARCallback")]
-    assert callback._prober.taken == state["session"]["taken"] + len(lines) - len(kept)
+    assert callback.watches[0].prober.taken == state["session"]["taken"] + len(lines) - len(kept)
     ages = (
         {status.status for row in callback.detector.states for status in row} if callback.detector else set()
     )

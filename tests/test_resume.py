@@ -30,13 +30,13 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.helpers.one_run"])
 
 
-def start(folder: Path, interrupt: tuple[int, int] | None = None) -> Any:
+def start(folder: Path, interrupt: tuple[int | str, int] | None = None) -> Any:
     process = CONTEXT.Process(target=one_run.run, args=(folder, folder / "output.txt", interrupt))
     process.start()
     return process
 
 
-def finish(folder: Path, interrupt: tuple[int, int] | None = None) -> int:
+def finish(folder: Path, interrupt: tuple[int | str, int] | None = None) -> int:
     process = start(folder, interrupt)
     process.join(timeout=300)
     return process.exitcode

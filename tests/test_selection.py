@@ -47,7 +47,7 @@ def train(tmp_path, module=None, data=None, **settings):
     fit(
         tmp_path, module or Classifier(), data or loaders(), callbacks=[callback], logger=logger, max_epochs=1
     )
-    return History.load(tmp_path / "gmar"), logger.captions, callback._prober.probe
+    return History.load(tmp_path / "gmar"), logger.captions, callback.watches[0].prober.probe
 
 
 def test_a_folder_gives_files_classes_and_captions(tmp_path, folder):

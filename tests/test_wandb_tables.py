@@ -36,7 +36,7 @@ def run(tmp_path_factory):
         logger = WandbLogger(project="test", save_dir=folder)
         callback = watcher(folder, every_n_train_steps=2)
         fit(folder, Dying(), loaders(), callbacks=[callback], logger=logger, max_epochs=7)
-        tables = callback._recording.publisher._adapters[0]._tables
+        tables = callback.watches[0].recording.publisher._adapters[0]._tables
         sync_dir = Path(logger.experiment.settings.sync_dir)
         wandb.finish()
         wandb.teardown()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.intercept import (
     CallArguments,
     at_least_float32,
@@ -187,6 +188,11 @@ def recording(model: nn.Module, *, open_backward: bool = False, peaks: bool = Fa
     computed = functools.partial(_opened, peaks=peaks) if open_backward else _closed
 
     def record(given: CallArguments) -> Tensor:
+        if torch._C._functorch.is_functorch_wrapped_tensor(given.q):  # pyright: ignore[reportAttributeAccessIssue]
+            raise UnsupportedModelError(
+                f"{given.name} ({given.owner}) attends inside torch.vmap or another transform of torch.func: "
+                "its maps belong to the transform and cannot be followed. Call the model on the whole batch."
+            )
         index = len(found.calls) + len(found.aside)
         if not found.reached(given.reads):
             call = _recorded(given, found.trace, index=index)

@@ -12,7 +12,7 @@ from gmar_lightning.explain.attention import AttentionCall
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.inputs import Goal, logits_of
 from gmar_lightning.explain.output import Output, classes_of, kind_of, predicted, score_of
-from gmar_lightning.targets import described
+from gmar_lightning.targets import MaskLogit, described, name_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +62,30 @@ def runner_up(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.scatter(1, targets[:, None].to(logits.device), -torch.inf).argmax(-1)
 
 
+def held(goal: Goal, output: Any) -> Goal:
+    """A goal that chooses by the output keeps its choice: a changed output is then asked for the same pixels."""
+    if isinstance(goal, MaskLogit) and goal.mask is None:
+        return MaskLogit(goal.class_index, goal.region(output), goal.name)
+    return goal
+
+
 def _called(target: Any, output: Any, batch: int) -> Tensor:
-    name = _named(target)
+    score = number_of(target, output, batch)
+    if not score.is_floating_point() or not score.requires_grad:
+        raise UnsupportedModelError(
+            f"the target {name_of(target)} returned {described(score)} that cannot be differentiated: it is "
+            f"detached, counted, rounded or an index. The model returned {described(output)}."
+        )
+    return score
+
+
+def number_of(target: Any, output: Any, batch: int) -> Tensor:
+    """The number of each image, `(batch,)`, that a callable makes of a model's output.
+
+    Raises:
+        UnsupportedModelError: When it makes no such number; says what was returned.
+    """
+    name = name_of(target)
     try:
         score = target(output)
     except Exception as error:
@@ -77,11 +99,6 @@ def _called(target: Any, output: Any, batch: int) -> Tensor:
         raise UnsupportedModelError(
             f"the target {name} returned {described(score)} for {batch} images; expected a tensor of shape "
             f"({batch},), one number per image. The model returned {described(output)}."
-        )
-    if not score.is_floating_point() or not score.requires_grad:
-        raise UnsupportedModelError(
-            f"the target {name} returned {described(score)} that cannot be differentiated: it is detached, counted, "
-            f"rounded or an index. The model returned {described(output)}."
         )
     return score
 
@@ -106,10 +123,6 @@ def check_images_apart(score: Tensor, call: AttentionCall, batch: int, target: A
     (grad,) = torch.autograd.grad(score[0], edge, retain_graph=True, allow_unused=True)
     if grad is not None and (call.arrange(grad).unflatten(0, (batch, -1))[1:] != 0).any():
         raise UnsupportedModelError(
-            f"the number that {_named(target)} returns for one image depends on the other images of the batch "
+            f"the number that {name_of(target)} returns for one image depends on the other images of the batch "
             "(a similarity within the batch, a normalisation over it): row i must depend on image i alone."
         )
-
-
-def _named(target: Any) -> str:
-    return getattr(target, "__name__", None) or str(target)

@@ -1,7 +1,8 @@
 """How far a heatmap can be trusted: what happens to the prediction when the model loses what it marks.
 
 Every function takes a batch and returns one value per image; NaN for an image whose heatmap is not finite.
-"Probability" is that of the explained class: by softmax, unless the scores are of another kind (`output.kind_of`).
+"Probability" is that of the explained class: by softmax, unless the scores are of another kind (`output.kind_of`);
+where `targets` is a callable, its number, in its own unit.
 A cell is one element of the heatmap's grid, removed as a whole. What replaces it changes rankings, so report it:
 
 - "black": pixel value 0 before normalisation (give `mean` and `std` if the images are normalised);
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmar_lightning.explain.gmar import gmar
+from gmar_lightning.explain.inputs import Goal
 from gmar_lightning.explain.output import Output
 from gmar_lightning.explain.perturbation import (
     PIXEL_BASELINES,
@@ -38,7 +40,7 @@ def insertion(
     model: nn.Module,
     images: Images,
     heatmaps: Tensor,
-    targets: Tensor,
+    targets: Goal,
     *,
     steps: int = 10,
     baseline: Baseline = "blur",
@@ -48,8 +50,7 @@ def insertion(
     """Area under the probability as cells appear, hottest first (RISE, Petsiuk et al. 2018).
 
     `integral_0^1 p(f) df`, with `p(f)` the probability when the fraction `f` of cells that the heatmap ranks
-    highest is shown, by the trapezoidal rule over `steps` equal parts. Higher is better. Cells of equal heat
-    are taken in a fixed scattered order, so that ties do not read like a scan of the picture.
+    highest is shown, by the trapezoidal rule over `steps` equal parts. Higher is better. Equal cells: scattered.
 
     Cost: `steps + 1` forwards per image; "attention" one more.
 
@@ -57,7 +58,7 @@ def insertion(
         model: As for `gmar`.
         images: `(batch, channels, height, width)`.
         heatmaps: `(batch, grid_h, grid_w)`.
-        targets: `(batch,)` class indices.
+        targets: `(batch,)` class indices, or a callable.
         steps: Parts that the cells are added in; at most one per cell.
         baseline: What a cell shows before it appears.
         mean: Channel means that the images were normalised with; only "black" needs them.
@@ -79,17 +80,16 @@ def deletion(
     model: nn.Module,
     images: Images,
     heatmaps: Tensor,
-    targets: Tensor,
+    targets: Goal,
     *,
     steps: int = 10,
     baseline: Baseline = "mean",
     mean: Channels = None,
     std: Channels = None,
 ) -> Tensor:
-    """Area under the probability as cells vanish, hottest first (RISE, Petsiuk et al. 2018).
+    """Area under the probability as cells vanish, hottest first (RISE, Petsiuk et al. 2018); lower is better.
 
-    As `insertion`, with `p(f)` the probability when the fraction `f` of cells that the heatmap ranks highest
-    is removed. Lower is better. Cost: `steps + 1` forwards per image.
+    As `insertion`, with the fraction `f` of hottest cells removed. Cost: `steps + 1` forwards per image.
     """
     check_steps(steps)
     with perturbing(model, images, heatmaps, targets, baseline=baseline, mean=mean, std=std) as probe:
@@ -100,7 +100,7 @@ def average_drop(
     model: nn.Module,
     images: Images,
     heatmaps: Tensor,
-    targets: Tensor,
+    targets: Goal,
     *,
     baseline: Baseline = "black",
     mean: Channels = None,
@@ -117,7 +117,7 @@ def average_drop(
         model: As for `gmar`.
         images: `(batch, channels, height, width)`.
         heatmaps: `(batch, grid_h, grid_w)`.
-        targets: `(batch,)` class indices.
+        targets: `(batch,)` class indices, or a callable.
         baseline: "black" (the source's choice), "mean" or "blur".
         mean: Channel means that the images were normalised with; only "black" needs them.
         std: Channel standard deviations, likewise.
@@ -137,7 +137,7 @@ def average_increase(
     model: nn.Module,
     images: Images,
     heatmaps: Tensor,
-    targets: Tensor,
+    targets: Goal,
     *,
     baseline: Baseline = "black",
     mean: Channels = None,
@@ -158,7 +158,7 @@ def saco(
     model: nn.Module,
     images: Images,
     heatmaps: Tensor,
-    targets: Tensor,
+    targets: Goal,
     *,
     groups: int = 10,
     baseline: Baseline = "mean",
@@ -180,7 +180,7 @@ def saco(
         model: As for `gmar`.
         images: `(batch, channels, height, width)`.
         heatmaps: `(batch, grid_h, grid_w)`.
-        targets: `(batch,)` class indices.
+        targets: `(batch,)` class indices, or a callable.
         groups: Number of groups, 10 in the source.
         baseline: What a removed cell shows; the image's mean in the source.
         mean: Channel means that the images were normalised with; only "black" needs them.
@@ -201,7 +201,7 @@ def saco(
 
 
 def live_faithfulness(
-    model: nn.Module, images: Images, targets: Tensor, heatmaps: Tensor, *, seed: int = 0, **settings: Any
+    model: nn.Module, images: Images, targets: Goal, heatmaps: Tensor, *, seed: int = 0, **settings: Any
 ) -> dict[str, float]:
     """Means over the images of `faithfulness_per_image`, with random maps drawn from `seed`; NaN without any.
 
@@ -226,7 +226,7 @@ def random_maps(shape: Sequence[int], seed: int = 0) -> Tensor:
 def faithfulness_per_image(
     model: nn.Module,
     images: Images,
-    targets: Tensor,
+    targets: Goal,
     heatmaps: Tensor,
     noise: Tensor,
     *,
@@ -247,7 +247,7 @@ def faithfulness_per_image(
     Args:
         model: As for `gmar`.
         images: `(batch, channels, height, width)`.
-        targets: `(batch,)`, the classes explained.
+        targets: `(batch,)`, the classes explained, or a callable.
         heatmaps: `(batch, grid_h, grid_w)`, the map in question.
         noise: `(batch, grid_h, grid_w)`, the random map of each image, see `random_maps`.
         rollout: `(batch, grid_h, grid_w)`, plain attention rollout; None computes it.
@@ -330,8 +330,8 @@ def _hottest_first(heatmaps: Tensor) -> Tensor:
 
 def relative_drop(probe: Perturbation, heatmaps: Tensor) -> Tensor:
     """Average drop of one of several maps of the same images; one forward beside the shared one."""
-    left = probe.blending(_shown(heatmaps, probe))
-    return (probe.intact - left).clamp_min(0) / probe.intact.clamp_min(torch.finfo(torch.float32).tiny)
+    fall = (probe.intact - probe.blending(_shown(heatmaps, probe))).clamp_min(0)
+    return fall / probe.intact.abs().clamp_min(torch.finfo(torch.float32).tiny)  # a number has any sign
 
 
 def _shown(heatmaps: Tensor, probe: Perturbation) -> Tensor:

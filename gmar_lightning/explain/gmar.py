@@ -10,18 +10,23 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from gmar_lightning.explain.candidates import candidates, said
+from gmar_lightning.explain.errors import UnsupportedModelError, WrongModuleError
 from gmar_lightning.explain.importance import Norm
 from gmar_lightning.explain.inputs import (
     Goal,
+    Inputs,
     batch_size,
     checked_targets,
     classifier_of,
     micro_batches,
     model_inputs,
+    named_inputs,
 )
 from gmar_lightning.explain.isolation import undisturbed
 from gmar_lightning.explain.lifted import with_gradients_lifted
 from gmar_lightning.explain.measure import Measured, measure
+from gmar_lightning.explain.nested import rows_of
 from gmar_lightning.explain.notebook import result_page
 from gmar_lightning.explain.output import Output, check_output, probabilities
 from gmar_lightning.explain.rollout import Rollout, forms_of, to_grid
@@ -96,7 +101,7 @@ class GMARResult:
 
 def gmar(
     model: nn.Module,
-    images: Tensor | Mapping[str, Any],
+    images: Any,
     targets: Goal = None,
     *,
     norm: Norm = "l1",
@@ -107,6 +112,7 @@ def gmar(
     signals: bool = False,
     head_maps: HeadMaps = False,
     runner_up: bool = False,
+    inputs: Inputs = None,
     output: Output | None = None,
 ) -> GMARResult:
     """Explain a batch: one heatmap per image, one importance per attention head.
@@ -120,7 +126,8 @@ def gmar(
         model: Takes images `(batch, channels, height, width)` and returns logits `(batch, classes)`, as a
             tensor or as an object with `.logits`; anything else when `targets` is a callable.
         images: The batch; or a mapping of keyword arguments (`{"pixel_values": ...}`, or `input_ids` and
-            `attention_mask` of a text encoder, whose relevance is then per token with padding at zero).
+            `attention_mask` of a text encoder, whose relevance is then per token with padding at zero). With
+            `inputs`, a batch of any kind.
         targets: `(batch,)` class indices; None explains the predicted class; or a callable `(output) -> (batch,)`
             on whatever the model returns (`gmar_lightning.targets`).
         norm: How a head's gradient becomes its score: "l1", "l2", or "uniform" (heads weigh the same;
@@ -135,6 +142,11 @@ def gmar(
         head_maps: Also return what each head attends to: the row of its map that belongs to the readout (the mean
             of the pooled rows under mean pooling, the row of the attention pool before one), gated by the positive
             gradient; "plain" for the attention itself.
+        inputs: A callable that makes of the batch what `forward` takes: a tensor, a tuple of arguments, or a
+            mapping of keyword arguments, nested as need be. The first tensor `(batch, channels, height, width)`
+            whose name says no mask is the image; a pair `(arguments, name)` says otherwise, by name, position or
+            path (`0.image`). Called on the whole batch, and on each part of one that is cut by `micro_batch_size`:
+            a batch is cut as lists, mappings and tensors with a row per image, or as a list of samples.
         runner_up: Also return the map of the most probable class beside the explained one, for one more backward
             through the same graph: a map that is the same for both is blind to the class.
         output: What the model returns for its classes: "logits" (softmax; sigmoid for a single one, whose sign is the
@@ -159,24 +171,36 @@ def gmar(
     # Everything the forward could change is kept before the first line of it runs and put back on every
     # exit.
     with undisturbed(classifier):
-        inputs = model_inputs(classifier, images)
-        batch = batch_size(inputs)
-        goals = checked_targets(targets, batch)
-        explain = functools.partial(_explain, classifier, form=form, output=output)
-        parts = micro_batches(inputs, goals, micro_batch_size or batch)
+        count = batch_size(named_inputs(images, inputs))
+        goals = checked_targets(targets, count)
+        parts = micro_batches(images, count, goals, min(micro_batch_size or count, count))
+        explain = functools.partial(_explain, classifier, form=form, inputs=inputs, output=output)
         # Tried as the model stands first; `no_grad` and `detach` inside its forward are lifted only when
         # that fails.
-        return with_gradients_lifted(lambda: _joined([explain(*part) for part in parts]))
+        try:
+            found = with_gradients_lifted(lambda: _joined([explain(*part) for part in parts]))
+        except WrongModuleError as error:
+            few = named_inputs(rows_of(images, slice(0, 2), count), inputs)
+            raise UnsupportedModelError(f"{error} {said(candidates(classifier, few, module))}") from error
+    if len(found.score) != count:
+        raise ValueError(
+            f"the batch has {count} images, its {len(parts)} parts have {len(found.score)}: it cannot be cut into "
+            "images. Return tensors with a row per image from inputs=, or leave micro_batch_size out."
+        )
+    return found
 
 
 def _explain(
-    classifier: nn.Module, inputs: dict[str, Any], targets: Goal, *, form: Form, output: Output | None
+    classifier: nn.Module, batch: Any, targets: Goal, *, form: Form, inputs: Inputs, output: Output | None
 ) -> GMARResult:
-    seen = measure(classifier, inputs, targets, form, output)
+    given = model_inputs(classifier, batch, inputs)
+    seen = measure(classifier, given, targets, form, output)
     # None: as many images as tokens, and nothing tells the two axes apart. Half the batch does.
     if seen is None:
-        halves = micro_batches(inputs, targets, -(-batch_size(inputs) // 2))
-        return _joined([_explain(classifier, *half, form=form, output=output) for half in halves])
+        count = batch_size(given)
+        halves = micro_batches(batch, count, targets, -(-count // 2))
+        explain = functools.partial(_explain, classifier, form=form, inputs=inputs, output=output)
+        return _joined([explain(*half) for half in halves])
     numbers, picture, score = seen.numbers, seen.picture, seen.explained.score
     maps, other = {}, None
     if seen.sweep is not None and picture is not None:

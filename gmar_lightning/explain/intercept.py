@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.softmax import HandProduct
 from gmar_lightning.explain.switches import attention_through_sdpa, replaced
-from gmar_lightning.explain.trace import ModuleTrace, in_backward
+from gmar_lightning.explain.trace import ATTRIBUTES, ModuleTrace, in_backward
 
 # The kernel itself, taken once at import: inside a block the name in `F` means the interceptor.
 _FUSED = F.scaled_dot_product_attention
@@ -303,8 +303,8 @@ class _Interceptor:
         bound.apply_defaults()
         given = bound.arguments
         wanted, given["need_weights"] = given["need_weights"], False
-        batched = given["query"].ndim == 3
         output, _ = _MULTI_HEAD(*bound.args, **bound.kwargs)
+        self.trace.tokens.note(output)
         if not wanted or self.last is None:
             return output, None
         call, self.last = self.last, None
@@ -312,7 +312,7 @@ class _Interceptor:
             weights = softmax_map(call.q, call.k, call.mask, call.scale, call.causal)
             weights = weights.mean(1) if given["average_attn_weights"] else weights
             weights = weights.to(call.q.dtype)
-        handed = _SideBranch.apply(weights if batched else weights[0], output)
+        handed = _SideBranch.apply(weights if given["query"].ndim == 3 else weights[0], output)
         self.trace.handed_out.add(handed.grad_fn)
         return output, handed
 
@@ -338,13 +338,12 @@ class _Watcher(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is _FUSED and not self.interceptor.inside:
+        if func in ATTRIBUTES or self.interceptor.inside:
+            return func(*args, **kwargs)
+        if func is _FUSED:
             return self.interceptor(*args, **kwargs)
-        if not self.interceptor.inside and not in_backward():
-            written = self.trace.hand.product(func, args, kwargs)
-            if written is not None:
-                return self.interceptor.by_hand(written)
+        if not in_backward() and (written := self.trace.hand.product(func, args, kwargs)) is not None:
+            return self.interceptor.by_hand(written)
         result = func(*args, **kwargs)
-        if not self.interceptor.inside:
-            self.trace.saw_function(func, (*args, *kwargs.values()), result, func in _SOFTMAX)
+        self.trace.saw_function(func, (*args, *kwargs.values()), result, func in _SOFTMAX)
         return result

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from gmar_lightning.explain.iterators import Guard
 from gmar_lightning.explain.reach import Snapshot
 
 # Which weights the forward of a model was seen to write, by path; a model that is not here was not watched yet.
@@ -54,12 +55,14 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         yield
     if _around.get() is None:
         _WRITTEN.setdefault(module, set()).update(trace.changed)
-        if trace.left:
-            warnings.warn(
-                f"the forward pass of {type(module).__name__} wrote {_listed(trace.left)}, which was not "
-                "kept and could not be put back; it is kept from here on",
-                stacklevel=4,
-            )
+        lost = [path for path in trace.left if path not in trace.watched]
+        for paths, then in ((trace.watched, "; it is kept from here on"), (lost, "")):
+            if paths:
+                warnings.warn(
+                    f"the forward pass of {type(module).__name__} wrote {listed(paths)}, which was not kept and "
+                    f"could not be put back{then}",
+                    stacklevel=4,
+                )
 
 
 @dataclass
@@ -69,29 +72,39 @@ class Trace:
     Attributes:
         changed: Paths of what was no longer as it was.
         left: Those among them that could not be put back.
+        watched: Those of `left` that were only watched, as the caller asked for.
+        live: Paths of live iterators that were drawn from, so that the block was stopped before it changed them.
+        at_risk: Paths of what could not be put back if it changed; known when the block begins.
         truncated: Whether there was more state than the walk covers.
     """
 
     changed: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+    watched: list[str] = field(default_factory=list)
+    live: list[str] = field(default_factory=list)
+    at_risk: list[str] = field(default_factory=list)
     truncated: bool = False
 
 
 @contextmanager
 def kept(
-    roots: Mapping[str, Any], weights: set[str] | None = None, skip: tuple[Any, ...] = ()
+    roots: Mapping[str, Any],
+    weights: set[str] | None = None,
+    skip: tuple[Any, ...] = (),
+    rehearse: bool = False,
 ) -> Iterator[Trace]:
     """Put back whatever changed inside the block of the state that can be reached from some objects.
 
     That is: tensors, their memory, shape, `requires_grad` and `.grad`; attributes, slots, lists, dictionaries,
     sets and deques, nested; NumPy arrays; random generators; open files' positions; hooks and what they enclose;
     and for the code that a forward runs, class attributes, closures and module globals. A live generator that the
-    code draws from cannot be put back, so drawing from it raises `UnsupportedModelError`.
+    code draws from cannot be put back, so drawing from it raises `LiveIteratorError`.
 
     Args:
         roots: Name to object.
         weights: Paths of the weights that are copied; None copies all. Of others the write counter is watched.
         skip: Objects that are not entered.
+        rehearse: Whether to find out beforehand what could not be put back.
 
     Yields:
         The trace, complete when the block has ended.
@@ -101,19 +114,23 @@ def kept(
     )
     trace = Trace(truncated=snapshot.truncated)
     token = _around.set(trace)
+    guards: list[Guard] = []
     try:
-        snapshot.guard()
+        trace.at_risk = snapshot.at_risk() if rehearse else []
+        guards = snapshot.guard()
         yield trace
     finally:
         _around.reset(token)
-        changed, trace.left = snapshot.restore()
+        changed, trace.left, trace.watched = snapshot.restore()
+        trace.live += [guard.where for guard in guards if guard.asked]
         trace.changed = list(dict.fromkeys([*trace.changed, *changed]))
         if (around := _around.get()) is not None:
             # The block around this one does not see any more what was put back here.
             around.changed += [path for path in trace.changed if path not in trace.left]
 
 
-def _listed(paths: list[str]) -> str:
+def listed(paths: list[str]) -> str:
+    """The first paths as a sentence says them, and how many more there are."""
     return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 

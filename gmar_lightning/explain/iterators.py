@@ -6,20 +6,24 @@ import copy
 import types
 from typing import Any
 
-from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.errors import LiveIteratorError
 
 
 class Guard:
     """Stands in for a live generator while a probe runs: what was drawn from it could not be put back."""
 
     def __init__(self, where: str) -> None:
-        self.where = where
+        self.where, self.asked = where, False
 
     def __iter__(self) -> Guard:
         return self
 
+    def __deepcopy__(self, memo: Any) -> Guard:
+        return self  # of a copy of the model, too, it is told what was drawn from
+
     def __next__(self) -> Any:
-        raise UnsupportedModelError(
+        self.asked = True
+        raise LiveIteratorError(
             f"a probe would draw from {self.where}, a live iterator that can be neither rewound nor copied, "
             "and what it takes training would miss."
         )
@@ -29,6 +33,8 @@ class Guard:
 
 def lent(where: str, iterator: Any) -> Any:
     """What a probe draws from in the place of a live iterator."""
+    if isinstance(iterator, Guard):
+        return iterator  # of the block around this one, which wants to know
     if isinstance(iterator, types.GeneratorType) or type(iterator).__module__.startswith("torch."):
         return Guard(where)
     try:

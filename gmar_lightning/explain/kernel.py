@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gmar_lightning.explain.blocks import Block, blocks
+from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.intercept import CallArguments, at_least_float32
 
 if TYPE_CHECKING:  # attention.py records through this module
@@ -142,7 +143,8 @@ def open_call(
     def run() -> Tensor:
         if call is None or budget is None or not budget.takes(call):
             return given.compute()
-        output, ticket.kept, ticket.peak = explicit_attention(call, peaks)
+        with torch._C.DisableTorchFunction():  # as in `visit_blocks`
+            output, ticket.kept, ticket.peak = explicit_attention(call, peaks)
         return output
 
     return OpenAttention.apply(given.q, given.k, given.v, mask, run, ticket)  # pyright: ignore[reportReturnType]
@@ -151,10 +153,17 @@ def open_call(
 def open_again(given: CallArguments) -> Tensor:
     """What the recording computed, for a checkpointed layer: as many tensors saved, never gone back through."""
     if opens(given):
-        args = (given.q, given.k, given.v, None, given.compute, Ticket(None))
+        args = (given.q, given.k, given.v, None, given.compute, Ticket(None, _never_gone_back_through))
         return OpenAttention.apply(*args)  # pyright: ignore[reportReturnType]
     output = given.compute()
     return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_()
+
+
+def _never_gone_back_through(*args: Any) -> Any:
+    raise UnsupportedModelError(
+        "attention is computed inside a custom autograd.Function, anew in its backward pass: its maps do not belong "
+        "to the model's own graph and cannot be read."
+    )
 
 
 def _plain_backward(ticket: Ticket, output_grad: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:

@@ -41,7 +41,10 @@ def with_gradients_lifted(explain: Callable[[], Result]) -> Result:
         token = _lifted.set(level)
         try:
             return explain()
-        except UnsupportedModelError:
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            # A forward may not stand what it did not ask for (`.numpy()` of what now has a graph).
             continue
         finally:
             _lifted.reset(token)

@@ -12,15 +12,29 @@ from torch import Tensor, nn
 
 from gmar_lightning.explain.attention import AttentionCall, Recording, recording
 from gmar_lightning.explain.errors import NoPictureError, UnsupportedModelError
-from gmar_lightning.explain.explained import Explained, check_images_apart, explained, runner_up
+from gmar_lightning.explain.explained import Explained, check_images_apart, explained, held, runner_up
 from gmar_lightning.explain.folding import check_over_tokens, fold_numbers, folded, is_plain
 from gmar_lightning.explain.head import check_class_scores
-from gmar_lightning.explain.inputs import Goal, batch_size, forward, image_key, padding_of
+from gmar_lightning.explain.inputs import (
+    ForwardError,
+    Goal,
+    batch_size,
+    image_key,
+    padding_of,
+    raise_from_forward,
+    watched_forward,
+)
 from gmar_lightning.explain.kernel import NO_GRADS, Needs, Ticket
 from gmar_lightning.explain.mixing import check_apart
 from gmar_lightning.explain.output import Output
 from gmar_lightning.explain.readout import check_rows_apart, readout, without_masked
-from gmar_lightning.explain.refusals import check_plain_attention, check_reached, check_visible
+from gmar_lightning.explain.refusals import (
+    by_hand,
+    check_differentiable,
+    check_plain_attention,
+    check_reached,
+    check_visible,
+)
 from gmar_lightning.explain.stages import last_stage, stage_layout
 from gmar_lightning.explain.sweep import Form, LayerNumbers, Sweep, visit
 from gmar_lightning.explain.tokens import TokenLayout, token_layout
@@ -73,6 +87,18 @@ def measure(
     classifier: nn.Module, inputs: dict[str, Any], goal: Goal, form: Form, kind: Output | None = None
 ) -> Measured | None:
     """Forward and backward; None when the batch is as long as the token axis and the two look alike."""
+    check_differentiable(classifier)
+    try:
+        return _measure(classifier, inputs, goal, form, kind)
+    except ForwardError as failed:
+        error = failed
+    raise_from_forward(error, classifier, inputs)
+    return None
+
+
+def _measure(
+    classifier: nn.Module, inputs: dict[str, Any], goal: Goal, form: Form, kind: Output | None
+) -> Measured | None:
     with recording(classifier, open_backward=True, peaks=form.signals) as found:
         batch = found.batch = batch_size(inputs)
         output, image = _forward(classifier, inputs, found)
@@ -89,6 +115,9 @@ def measure(
         if batch == found.calls[0].k.shape[-2] > 1 and not found.folded:
             return None
         picture, scope = _picture(classifier, inputs, found, seen, image)
+        if scope != "whole" and found.trace.suspects:
+            # Whether such a softmax mixes tokens is tried out in models of one set of tokens alone.
+            raise UnsupportedModelError(by_hand(found.trace.suspects))
         if picture is not None and scope == "whole" and _passes_in_order(found):
             sweep = Sweep(found.calls, picture.start, form, picture.layout, picture.padding)
             twice = form.runner_up and seen.logits is not None and seen.logits.shape[1] > 1
@@ -100,7 +129,13 @@ def measure(
         else:
             measured = _measured_at_the_end(found, picture, seen, form, scope, batch)
     if measured.picture is not None and scope == "whole":
-        check_apart(classifier, inputs, found, measured.picture.start, measured.picture.padding, goal)
+        start, padding = measured.picture.start, measured.picture.padding
+        try:
+            check_apart(classifier, inputs, found, start, padding, held(goal, output))
+        except UnsupportedModelError as error:
+            if not found.trace.suspects:
+                raise
+            raise UnsupportedModelError(by_hand(found.trace.suspects)) from error
     return measured
 
 
@@ -238,11 +273,11 @@ def _forward(classifier: nn.Module, inputs: dict[str, Any], found: Recording) ->
     """The output, and the images at the head of its graph."""
     key = image_key(inputs)
     if key is None or not inputs[key].is_floating_point():
-        return forward(classifier, inputs), None if key is None else inputs[key]
+        return watched_forward(classifier, inputs), None if key is None else inputs[key]
     # The copy is no leaf, so that a model may normalise its input in place, and never the caller's.
     image = inputs[key].detach().requires_grad_().clone()
     found.image = image.grad_fn
-    return forward(classifier, {**inputs, key: image}), image
+    return watched_forward(classifier, {**inputs, key: image}), image
 
 
 def _check_attached(score: Tensor) -> None:
@@ -289,6 +324,7 @@ def _backward(found: Recording, sweep: Sweep, score: Tensor, retain_graph: bool 
     check_reached(calls, passed)
     for index in reversed(asked):
         grad = grads.pop(index)
+        grad = None if grad is None else calls[index].arrange(grad)
         if calls[index].depth == last and not calls[-1].is_pool and grad is not None:
             check_rows_apart([calls[index]], [grad], start)
         if not tickets[index].visited and grad is not None:
@@ -299,9 +335,11 @@ def _visit(
     sweep: Sweep, index: int, ticket: Ticket, output_grad: Tensor, needs: Needs
 ) -> tuple[Tensor | None, ...]:
     kept, ticket.kept = ticket.kept, None  # freed as soon as it is reduced
-    if index == len(sweep.calls) - 1 and not sweep.calls[index].is_pool:
-        sweep.start_at(without_masked(sweep.readout, [output_grad]))
-    return sweep.take(index, output_grad, kept, ticket.peak, needs)
+    # The function mode that watches the model has nothing to see in what is computed here.
+    with torch._C.DisableTorchFunction():
+        if index == len(sweep.calls) - 1 and not sweep.calls[index].is_pool:
+            sweep.start_at(without_masked(sweep.readout, [output_grad]))
+        return sweep.take(index, output_grad, kept, ticket.peak, needs)
 
 
 def _last_depth(calls: list[AttentionCall], grads: list[Tensor]) -> tuple[list[AttentionCall], list[Tensor]]:

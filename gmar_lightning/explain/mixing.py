@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gmar_lightning.explain.attention import AttentionCall, Recording
-from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.errors import CutOffError, UnsupportedModelError
 from gmar_lightning.explain.inputs import Goal, batch_size, forward, image_key, logits_of, micro_batches
 from gmar_lightning.explain.intercept import CallArguments, intercept_attention, with_four_axes
 from gmar_lightning.explain.isolation import isolated_random_state
@@ -52,7 +52,7 @@ class _Seen:
 
 def check_apart(
     classifier: nn.Module,
-    inputs: Mapping[str, Any],
+    inputs: dict[str, Any],
     found: Recording,
     read: Tensor,
     padding: Tensor | None = None,
@@ -74,7 +74,8 @@ def check_apart(
     Raises:
         UnsupportedModelError: Naming the layers between which tokens are mixed or replaced.
     """
-    inputs, goal = micro_batches(inputs, goal, min(2, batch_size(inputs)))[0]
+    count = batch_size(inputs)
+    inputs, goal = micro_batches(inputs, count, goal, min(2, count))[0]
     outcome, key = logits_of, structure(classifier, inputs)
     if goal is not None and not isinstance(goal, Tensor):
         outcome, key = (lambda output: goal(output)[:, None]), (key, str(goal))
@@ -175,7 +176,7 @@ class _Trial:
             lambda given: torch.randn_like(given.compute()) if next(looking) else given.compute(),
         )
         if not torch.equal(logits, self.logits):
-            raise UnsupportedModelError(under_no_grad(self.aside))
+            raise CutOffError(under_no_grad(self.aside))
 
     def run_changed(self, chosen: Tensor, number: int) -> None:
         """Change some tokens at every layer; all others must arrive everywhere as before.

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmar_lightning.explain.errors import UnsupportedModelError
-from gmar_lightning.explain.inputs import forward, logits_of, model_inputs
+from gmar_lightning.explain.explained import number_of
+from gmar_lightning.explain.inputs import Goal, checked_targets, forward, image_key, logits_of, model_inputs
 from gmar_lightning.explain.intercept import CallArguments, intercept_attention
 from gmar_lightning.explain.isolation import undisturbed
 from gmar_lightning.explain.output import Output, classes_of, kind_of, probabilities
@@ -47,7 +48,7 @@ def perturbing(
     model: nn.Module,
     images: Tensor | Mapping[str, Any],
     heatmaps: Tensor,
-    targets: Tensor,
+    targets: Goal,
     *,
     baseline: Baseline,
     mean: Sequence[float] | None = None,
@@ -60,7 +61,8 @@ def perturbing(
         model: As for `gmar`.
         images: `(batch, channels, height, width)`, or a mapping with such an entry.
         heatmaps: `(batch, grid_h, grid_w)`: its grid is the grid of removable cells.
-        targets: `(batch,)` class indices.
+        targets: `(batch,)` class indices; or a callable `(output) -> (batch,)`, whose number is then measured in the
+            place of a probability.
         baseline: What takes the place of a removed cell.
         mean: Channel means that the images were normalised with; only "black" needs them.
         std: Channel standard deviations, likewise.
@@ -80,6 +82,7 @@ def perturbing(
 class Perturbation:
     """Probability of the explained class as parts of the images are removed; one forward per answer.
 
+    Where a callable says what is explained, its number stands wherever "probability" is written.
     Made by `perturbing`, and valid inside its block.
     """
 
@@ -88,7 +91,7 @@ class Perturbation:
         model: nn.Module,
         images: Tensor | Mapping[str, Any],
         heatmaps: Tensor,
-        targets: Tensor,
+        targets: Goal,
         baseline: Baseline,
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
@@ -97,20 +100,17 @@ class Perturbation:
         self._model, self._baseline = model, baseline
         self._output: Output | None = output
         self._inputs = model_inputs(model, images)
-        pictures = [k for k, v in self._inputs.items() if isinstance(v, Tensor) and v.ndim == 4]
-        if not pictures or not self._inputs[pictures[0]].is_floating_point():
+        key = image_key(self._inputs)
+        if key is None or not self._inputs[key].is_floating_point():
             raise ValueError("images must be a float tensor (batch, channels, height, width)")
-        self._key = pictures[0]
+        self._key = key
         batch = len(self.images)
         if heatmaps.ndim != 3 or len(heatmaps) != batch:
             raise ValueError(f"heatmaps must be ({batch}, grid_h, grid_w), got {tuple(heatmaps.shape)}")
-        self.targets = torch.as_tensor(targets, device=self.images.device)
-        if self.targets.shape != (batch,) or self.targets.is_floating_point():
-            raise ValueError(
-                f"targets must be {batch} class indices, one per image; "
-                f"got {tuple(self.targets.shape)} of {self.targets.dtype}"
-            )
-        self.targets = self.targets.long()
+        goal = checked_targets(targets, batch)
+        if goal is None:
+            raise ValueError("targets are needed: class indices, one per image, or a callable on the output")
+        self.targets = goal.to(self.images.device) if isinstance(goal, Tensor) else goal
         self.grid: tuple[int, int] = (heatmaps.shape[1], heatmaps.shape[2])
         self._mean, self._std = mean, std
 
@@ -128,7 +128,7 @@ class Perturbation:
     @cached_property
     def intact(self) -> Tensor:
         """Probability on the untouched images, `(batch,)`."""
-        return self._probability(self._logits(self.images))
+        return self._probability(self._run(self.images))
 
     @cached_property
     def empty(self) -> Tensor:
@@ -141,16 +141,16 @@ class Perturbation:
         Raises:
             UnsupportedModelError: When the logits still depend on the image with every patch hidden.
         """
-        logits = self._logits_masked(self.images, self._nothing)
-        others = self._logits_masked(1 - self.images, self._nothing)
+        output = self._run_masked(self.images, self._nothing)
+        seen = [self._compared(each) for each in (output, self._run_masked(1 - self.images, self._nothing))]
         # Far above the rounding of kernels with and without a mask, far below what reading pixels does.
-        if (logits - others).abs().max() > 1e-3 * logits.abs().max():
+        if (seen[0] - seen[1]).abs().max() > 1e-3 * seen[0].abs().max():
             raise UnsupportedModelError(
                 "with every patch hidden from attention the logits still depend on the image: the classifier reads "
                 "the patch tokens themselves (mean pooling), or part of its attention is not computed by "
                 "scaled_dot_product_attention. Take baseline='black', 'mean' or 'blur'."
             )
-        self.empty = self._probability(logits)
+        self.empty = self._probability(output)
 
     def keeping(self, keep: Tensor) -> Tensor:
         """Probability when only some cells are left, `(batch,)`.
@@ -160,7 +160,7 @@ class Perturbation:
         """
         keep = keep.to(self.images.device)
         if self._baseline == "attention":
-            return self._probability(self._logits_masked(self.images, keep))
+            return self._probability(self._run_masked(self.images, keep))
         share = keep.unflatten(1, self.grid)[:, None].float()
         return self.blending(F.interpolate(share, self.images.shape[-2:], mode="nearest")[:, 0])
 
@@ -171,7 +171,7 @@ class Perturbation:
             share: `(batch, height, width)`, share of the image in [0, 1].
         """
         share = share[:, None].to(self.images)
-        return self._probability(self._logits(torch.lerp(self._removed, self.images, share)))
+        return self._probability(self._run(torch.lerp(self._removed, self.images, share)))
 
     @cached_property
     def _removed(self) -> Tensor:
@@ -185,10 +185,13 @@ class Perturbation:
             black = -torch.tensor(self._mean)[:, None, None] / torch.tensor(self._std)[:, None, None]
         return black.to(images).expand_as(images)
 
-    def _logits(self, images: Tensor) -> Tensor:
-        return logits_of(forward(self._model, {**self._inputs, self._key: images}))
+    def _run(self, images: Tensor) -> Any:
+        return forward(self._model, {**self._inputs, self._key: images})
 
-    def _probability(self, logits: Tensor) -> Tensor:
+    def _probability(self, output: Any) -> Tensor:
+        if not isinstance(self.targets, Tensor):
+            return number_of(self.targets, output, len(self.images)).float()
+        logits = logits_of(output)
         if not 0 <= int(self.targets.min()) <= int(self.targets.max()) < classes_of(logits):
             raise ValueError(f"targets must name one of the model's {classes_of(logits)} classes")
         # Settled by the first answer: what a model returns is the same for every image.
@@ -197,9 +200,12 @@ class Perturbation:
         assert chances is not None
         return chances.gather(1, self.targets[:, None])[:, 0]
 
-    def _logits_masked(self, images: Tensor, keep: Tensor) -> Tensor:
+    def _compared(self, output: Any) -> Tensor:
+        return logits_of(output) if isinstance(self.targets, Tensor) else self._probability(output)
+
+    def _run_masked(self, images: Tensor, keep: Tensor) -> Any:
         with intercept_attention(self._model, lambda call: _without_keys(call, keep)):
-            return self._logits(images)
+            return self._run(images)
 
 
 def _without_keys(call: CallArguments, keep: Tensor) -> Tensor:

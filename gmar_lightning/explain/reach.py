@@ -17,13 +17,20 @@ from torch import Tensor, nn
 
 from gmar_lightning.explain import state
 from gmar_lightning.explain.iterators import Guard, lent
+from gmar_lightning.explain.namespaces import (
+    SavedNames,
+    saved_cell,
+    saved_class,
+    saved_globals,
+    saved_slots,
+)
 from gmar_lightning.explain.state import (
     Saved,
     SavedArray,
     SavedContainer,
-    SavedNames,
     SavedPosition,
     generator_state,
+    shared_state,
 )
 from gmar_lightning.explain.tensorstate import (
     SavedClass,
@@ -36,8 +43,6 @@ from gmar_lightning.explain.tensorstate import (
 from gmar_lightning.explain.watched import (
     attributes_of,
     functions_that_run,
-    has_value,
-    is_data,
     is_iterator,
     is_library,
     is_sharded,
@@ -84,6 +89,7 @@ class Snapshot:
         # Objects are held, so that no address is used twice while the walk goes on.
         self._seen: dict[int, Any] = {id(thing): thing for thing in skip}
         self._storages: set[int] = set()
+        self._buffers: set[int] = set()  # of modules: kept whatever their size, as weights are
         self._queue: deque[tuple[str, Any, bool]] = deque((name, root, False) for name, root in roots.items())
         while self._queue:
             if len(self._seen) > MOST_OBJECTS:
@@ -107,20 +113,35 @@ class Snapshot:
                 quietly(functools.partial(saved.lend, loans))
         return [thing for thing in loans.values() if isinstance(thing, Guard)]
 
+    def at_risk(self) -> list[str]:
+        """Paths of what could not be put back if it changed: too large, or it refuses to be set to what it is."""
+        positions = (saved for saved in self.saved if isinstance(saved, SavedPosition))
+        refusing = {id(saved) for saved in positions if quietly(saved.restore)}
+        return [s.where for s in self.saved if id(s) in refusing or (not s.restorable and not s.watched)]
+
     def changes(self) -> list[Saved]:
         """What is no longer as it was."""
         return [saved for saved in self.saved if quietly(saved.changed)]
 
-    def restore(self) -> tuple[list[str], list[str]]:
-        """Put everything back; the paths of what had changed, and of those which could not be put back."""
+    def restore(self) -> tuple[list[str], list[str], list[str]]:
+        """Put everything back.
+
+        Returns:
+            The paths of what had changed; of those which could not be put back; and of those among the latter
+            that were only watched, and can be kept next time.
+        """
         for saved in self.saved:
             if isinstance(saved, (SavedContainer, SavedNames)):
                 quietly(saved.take_back)
         changed = self.changes()
         for saved in changed:
             quietly(saved.restore)
-        left = [saved.where for saved in changed if not saved.restorable or quietly(saved.changed)]
-        return [saved.where for saved in changed], left
+        left = [saved for saved in changed if not saved.restorable or quietly(saved.changed)]
+        return (
+            [saved.where for saved in changed],
+            [saved.where for saved in left],
+            [saved.where for saved in left if saved.watched],
+        )
 
     def _visit(self, where: str, thing: Any, weight: bool) -> None:
         if isinstance(thing, _IMMUTABLE) or id(thing) in self._seen:
@@ -132,8 +153,8 @@ class Snapshot:
             self._array(where, thing)
         elif isinstance(thing, (dict, list, set, deque, tuple, frozenset)):
             self._container(where, thing, weight)
-        elif (generator := generator_state(where, thing)) is not None:
-            self.saved.append(generator)
+        elif (position := generator_state(where, thing) or shared_state(where, thing)) is not None:
+            self.saved.append(position)
         elif isinstance(thing, (bytearray, array.array)):
             self.saved.append(SavedPosition(where, lambda: thing[:], functools.partial(refill, thing)))
         else:
@@ -177,10 +198,10 @@ class Snapshot:
         if weight and not self._keep(where) and not tensor.is_inference():
             self.saved.append(SavedVersion(where, tensor))
         else:
-            keep = weight or storage.nbytes() <= state.LARGE
-            self.saved.append(
-                SavedStorage(where, storage, keep=keep, offload=weight and storage.device.type == "cuda")
-            )
+            small = storage.nbytes() <= state.LARGE
+            own = weight or id(tensor) in self._buffers
+            offload = (weight or not small) and storage.device.type == "cuda"
+            self.saved.append(SavedStorage(where, storage, keep=own or small, offload=offload))
 
     def _array(self, where: str, array: np.ndarray) -> None:
         if isinstance(array, np.memmap) or not array.flags.writeable:
@@ -219,7 +240,7 @@ class Snapshot:
             return
         self._attributes(where, thing)
         if names := slots_of(kind):
-            self._names(where, thing, names)
+            self._bound(saved_slots(where, thing, names))
         self._then(kind.__qualname__, kind)
 
     def _attributes(self, where: str, thing: Any) -> None:
@@ -236,6 +257,8 @@ class Snapshot:
             if self._sharded and name == "_parameters":
                 continue
             self.saved.append(SavedContainer(f"{where}.{name}", value))
+            if name == "_buffers":
+                self._buffers.update(map(id, value.values()))
             for inner, child in value.items():
                 self._then(f"{where}.{inner}", child, name == "_parameters")
 
@@ -249,41 +272,17 @@ class Snapshot:
             if own is not None and is_watched(type(thing)):
                 self._then(where, own)
 
-    def _names(self, where: str, thing: Any, names: tuple[str, ...]) -> None:
-        def read() -> dict[str, Any]:
-            return {n: object.__getattribute__(thing, n) for n in names if has_value(thing, n)}
-
-        self.saved.append(
-            SavedNames(
-                where,
-                read,
-                lambda name, value: object.__setattr__(thing, name, value),
-                lambda name: object.__delattr__(thing, name),
-            )
-        )
-        for name, value in read().items():
-            self._then(f"{where}.{name}", value)
-
     def _class(self, where: str, kind: type) -> None:
         for owner in kind.__mro__:
-            if is_library(owner.__module__):
-                continue
-
-            def read(owner: type = owner) -> dict[str, Any]:
-                return {name: value for name, value in vars(owner).items() if is_data(name, value)}
-
-            self.saved.append(
-                SavedNames(
-                    owner.__qualname__,
-                    read,
-                    lambda name, value, owner=owner: type.__setattr__(owner, name, value),
-                    lambda name, owner=owner: type.__delattr__(owner, name),
-                )
-            )
-            for name, value in read().items():
-                self._then(f"{owner.__qualname__}.{name}", value)
+            if not is_library(owner.__module__):
+                self._bound(saved_class(owner))
         for function in functions_that_run(kind):
             self._then(f"{kind.__qualname__}.{function.__name__}", function)
+
+    def _bound(self, names: SavedNames) -> None:
+        self.saved.append(names)
+        for name, value in names.values.items():
+            self._then(f"{names.where}.{name}".rstrip("."), value)
 
     def _callable(self, where: str, thing: Any) -> None:
         if isinstance(thing, types.MethodType):
@@ -300,37 +299,17 @@ class Snapshot:
             return
         for index, cell in enumerate(function.__closure__ or ()):
             name = function.__code__.co_freevars[index]
-            self._cell(f"{where}.{name}", cell)
+            self._bound(saved_cell(f"{where}.{name}", cell))
         self._then(f"{where}.__defaults__", function.__defaults__)
         self._then(f"{where}.__kwdefaults__", function.__kwdefaults__)
         self._then(where, function.__dict__)
         self._globals(function.__globals__, names_in(function.__code__))
 
-    def _cell(self, where: str, cell: Any) -> None:
-        def read() -> dict[str, Any]:
-            try:
-                return {"": cell.cell_contents}
-            except ValueError:  # a cell that nothing was put in yet
-                return {}
-
-        def write(name: str, value: Any) -> None:
-            cell.cell_contents = value
-
-        def delete(name: str) -> None:
-            del cell.cell_contents
-
-        self.saved.append(SavedNames(where, read, write, delete))
-        for value in read().values():
-            self._then(where, value)
-
     def _globals(self, namespace: dict[str, Any], names: set[str]) -> None:
         module = str(namespace.get("__name__", ""))
-
-        def read() -> dict[str, Any]:
-            return {name: namespace[name] for name in names if name in namespace}
-
-        self.saved.append(SavedNames(module, read, namespace.__setitem__, namespace.__delitem__))
-        for name, value in read().items():
+        saved = saved_globals(module, namespace, names)
+        self.saved.append(saved)
+        for name, value in saved.values.items():
             if isinstance(value, types.ModuleType):
                 if not is_library(value.__name__) and id(value) not in self._seen:
                     self._globals_of_module(value, names)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gmar_lightning.explain.attention import AttentionCall, Recording, reaches
-from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.errors import CutOffError, UnsupportedModelError, WrongModuleError
 from gmar_lightning.explain.intercept import USES_WEIGHTS
 from gmar_lightning.explain.refusals import check_reached
 from gmar_lightning.explain.tokens import direction
@@ -83,6 +83,7 @@ def _weighs_tokens(found: Recording, product: Tensor, operands: tuple[Tensor, ..
     if result is None or not operands:
         return True  # a power
     real = result.ne(0).any(-1)
+    constant, flat = [], []
     for operand in operands:
         try:
             seen = as_tokens(operand.float().expand(product.shape), len(last.q), last.q.shape[-2])
@@ -90,8 +91,12 @@ def _weighs_tokens(found: Recording, product: Tensor, operands: tuple[Tensor, ..
             return False
         assert seen is not None
         first = seen[torch.arange(len(seen), device=seen.device), real.int().argmax(-1)][:, None]
-        if not ((seen - first).abs().amax(-1) * real).gt(1e-6 * first.abs().max()).any():
-            return False  # the same for all tokens that are left: a mask, or weights per channel
+        constant.append(not ((seen - first).abs().amax(-1) * real).gt(1e-6 * first.abs().max()).any())
+        flat.append(bool((seen == seen[..., :1]).all()))
+    # The same for all tokens that are left: a mask, or weights per channel. Unless it is the tokens that are all
+    # alike (collapsed), and the other factor, one number per token, weighs them.
+    if all(constant) or any(constant[i] and not flat[1 - i] for i in (0, 1)):
+        return False
     size = result.float().square().mean(-1)
     largest = size.amax(-1, keepdim=True)
     return bool((((largest - size) * real) > 1e-2 * largest).any())
@@ -162,7 +167,7 @@ def last_tokens(found: Recording, score: Tensor, image: Tensor | None) -> Tensor
     """
     last, sources = found.calls[-1], _sources(found, image)
     if score.grad_fn is None or not reaches([score.grad_fn], sources):
-        raise UnsupportedModelError(
+        raise CutOffError(
             "the logits carry no gradient back to the attention layers: the model's forward detaches its features "
             "or runs under torch.no_grad(). Freeze with requires_grad_(False) instead."
         )
@@ -171,7 +176,7 @@ def last_tokens(found: Recording, score: Tensor, image: Tensor | None) -> Tensor
     for tokens in reversed(found.trace.tokens.leaving):
         if tokens.grad_fn is not None and not reaches([score.grad_fn], sources, barrier=tokens.grad_fn):
             return tokens
-    raise UnsupportedModelError(
+    raise WrongModuleError(
         f"the logits read more than the tokens that {last.name} ({last.owner}) and its block return: several "
         "layers, a second backbone or branch, or several passes over the image. Name with module= a single "
         "transformer together with its head, or say with a callable target what one branch returns."

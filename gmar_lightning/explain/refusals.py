@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gmar_lightning.explain.attention import AttentionCall, Recording
-from gmar_lightning.explain.errors import NoPictureError, UnsupportedModelError
+from gmar_lightning.explain.errors import CutOffError, NoPictureError, UnsupportedModelError, WrongModuleError
 
 
 def check_visible(found: Recording) -> None:
@@ -17,21 +17,23 @@ def check_visible(found: Recording) -> None:
         UnsupportedModelError: Naming the module, its class and the reason.
     """
     trace = found.trace
-    if trace.softmaxes:
-        raise UnsupportedModelError(
-            f"attention computed by hand in {_listed(trace.softmaxes)}: its maps do not pass "
-            "scaled_dot_product_attention (talking heads, a linear or windowed variant, or a module written "
-            "without it), so its heads cannot be scored."
-        )
+    # A softmax inside a module whose attention was seen belongs to that attention (a sum of two maps).
+    seen = {_named(call) for call in found.calls}
+    hand = trace.softmaxes + [one for one in trace.suspects if not seen or one in seen]
+    if hand:
+        raise UnsupportedModelError(by_hand(hand))
     if not found.calls and found.aside:
-        raise UnsupportedModelError(under_no_grad(found.aside))
+        raise CutOffError(under_no_grad(found.aside))
     if not found.calls:
-        seen = f" {_listed(trace.silent)} ran without calling it." if trace.silent else ""
-        raise UnsupportedModelError(
-            f"no attention seen: no call of scaled_dot_product_attention in the forward pass.{seen} "
+        quiet = f" {_listed(trace.silent)} ran without calling it." if trace.silent else ""
+        raise WrongModuleError(
+            f"no attention seen: no call of scaled_dot_product_attention in the forward pass.{quiet} "
             "If the transformer sits elsewhere, name with module= the part that holds it and its head; a scripted or "
             "exported model must be explained as the module it was made from."
         )
+    without = [call for call in found.calls if call.edge is None]
+    if without:
+        raise UnsupportedModelError(under_no_grad(without))
     if trace.silent:
         raise UnsupportedModelError(
             f"{_listed(trace.silent)} ran without calling scaled_dot_product_attention: "
@@ -72,19 +74,46 @@ def check_reached(calls: Sequence[AttentionCall], grads: Sequence[Tensor | None]
     """
     missed = [f"{call.name} ({call.owner})" for call, grad in zip(calls, grads, strict=True) if grad is None]
     if missed:
-        raise UnsupportedModelError(
+        raise CutOffError(
             f"{_listed(missed)} runs, but the logits do not depend on it: the classifier reads an earlier layer, "
             "or the result is detached. Take layers that are not read out of the model."
         )
     return [grad for grad in grads if grad is not None]
 
 
+def by_hand(names: list[str]) -> str:
+    """Why a softmax that nothing is known to be multiplied with cannot be explained."""
+    return (
+        f"attention computed by hand in {_listed(names)}: its maps do not pass scaled_dot_product_attention (talking "
+        "heads, a linear or windowed variant, or a module written without it), so its heads cannot be scored."
+    )
+
+
+def check_differentiable(classifier: nn.Module) -> None:
+    """Refuse layers quantised to integers, which pass no gradient on.
+
+    Raises:
+        UnsupportedModelError: Naming them.
+    """
+    quantised = [
+        f"{name} ({type(module).__name__})"
+        for name, module in classifier.named_modules()
+        if ".quantized." in type(module).__module__ and next(module.children(), None) is None
+    ]
+    if quantised:
+        raise UnsupportedModelError(
+            f"{_listed(quantised)} computes in integers (int8 quantisation), which have no gradient. "
+            "Explain the model "
+            "that was quantised."
+        )
+
+
 def under_no_grad(calls: Sequence[AttentionCall]) -> str:
     """Why attention that no gradient reaches cannot be explained."""
     return (
-        f"{_listed([_named(call) for call in calls])} runs under torch.no_grad() or on detached features inside the "
-        "model's own forward, so no gradient reaches its map. Freeze with requires_grad_(False) instead of "
-        "no_grad()."
+        f"{_listed([_named(call) for call in calls])} runs under torch.no_grad(), on detached features or inside "
+        "a custom autograd.Function in the model's own forward, so no gradient reaches its map. Freeze with "
+        "requires_grad_(False) instead of no_grad()."
     )
 
 
@@ -108,12 +137,12 @@ def _check_kind(call: AttentionCall) -> None:
             "true map combines the two, and a head's share in it is not defined."
         )
     if call.detached:
-        raise UnsupportedModelError(
+        raise WrongModuleError(
             f"{_named(call)} does not continue the attention layers before it: two transformers, several passes "
             "over the image, or branches of different length. Name one classifier, head included, with module=."
         )
     if not call.output.requires_grad:
-        raise UnsupportedModelError(under_no_grad([call]))
+        raise CutOffError(under_no_grad([call]))
 
 
 def _check_sequence(calls: list[AttentionCall]) -> None:
@@ -124,7 +153,8 @@ def _check_sequence(calls: list[AttentionCall]) -> None:
         if queries != keys and not final_pool:
             raise NoPictureError(
                 f"{_named(call)} attends from {queries} queries to {keys} keys at layer {layer}: class "
-                "attention, cross attention or pooled keys; rollout needs square maps up to one final "
+                "attention, cross attention, pooled keys or keys of no token (sinks, prefix tuning); "
+                "rollout needs square maps up to one final "
                 "one-query pool."
             )
         if keys != tokens:

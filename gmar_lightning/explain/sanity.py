@@ -63,7 +63,7 @@ def randomisation(
     model: nn.Module,
     images: Any,
     heatmaps: Tensor,
-    targets: Tensor,
+    targets: Any,
     explain: Explain,
     *,
     layer: str,
@@ -82,7 +82,7 @@ def randomisation(
         model: What was explained.
         images: The images that were explained.
         heatmaps: Their maps by `explain`, `(batch, grid_h, grid_w)`.
-        targets: The classes explained, `(batch,)`.
+        targets: What was explained, as for `gmar`.
         explain: `gmar` with the form of the explanation filled in; called as `explain(model, images, targets)`.
         layer: Path of the last attention layer, as `GMARResult.layers` has it.
         module: Dotted path of the classifier inside `model`.

@@ -7,9 +7,11 @@ view moves none) and never by `==` (which belongs to the user's objects).
 from __future__ import annotations
 
 import array
+import ctypes
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
+from multiprocessing.sharedctypes import SynchronizedBase
 from typing import Any
 
 import numpy as np
@@ -29,9 +31,12 @@ class Saved:
 
     Attributes:
         where: Its path from the root, as a programmer would write it.
+        restorable: Whether there is a copy to put back.
+        watched: Whether there is none only because none was asked for.
     """
 
     restorable = True
+    watched = False
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -64,7 +69,7 @@ class SavedContainer(Saved):
 
     def changed(self) -> bool:
         """See `Saved`."""
-        return not _same(self._now(), self._content)
+        return not same_objects(self._now(), self._content)
 
     def lend(self, substitutes: dict[int, Any]) -> None:
         """Put something else in the place of some elements, until `take_back`."""
@@ -103,56 +108,6 @@ class SavedContainer(Saved):
             deque.extend(container, content)
 
 
-class SavedNames(Saved):
-    """Names bound in a namespace that is written with functions of its own: slots, classes, globals, cells.
-
-    Args:
-        where: Path of the namespace.
-        read: The names that are bound now, with their values.
-        write: Binds a name.
-        delete: Unbinds a name.
-    """
-
-    def __init__(
-        self,
-        where: str,
-        read: Callable[[], dict[str, Any]],
-        write: Callable[[str, Any], None],
-        delete: Callable[[str], None],
-    ) -> None:
-        super().__init__(where)
-        self._read, self._write, self._delete = read, write, delete
-        self._values = read()
-        self._lent: list[str] = []
-
-    def lend(self, substitutes: dict[int, Any]) -> None:
-        """Bind some names to something else, until `take_back`."""
-        self._lent = [name for name, value in self._values.items() if id(value) in substitutes]
-        for name in self._lent:
-            self._write(name, substitutes[id(self._values[name])])
-
-    def take_back(self) -> None:
-        """End what `lend` began."""
-        for name in self._lent:
-            self._write(name, self._values[name])
-        self._lent = []
-
-    def changed(self) -> bool:
-        """See `Saved`."""
-        now = self._read()
-        names = set(now) == set(self._values)
-        return not names or not _same([now[name] for name in self._values], list(self._values.values()))
-
-    def restore(self) -> None:
-        """See `Saved`."""
-        now = self._read()
-        for name in set(now) - set(self._values):
-            self._delete(name)
-        for name, value in self._values.items():
-            if name not in now or now[name] is not value:
-                self._write(name, value)
-
-
 class SavedArray(Saved):
     """A NumPy array: its elements where they are objects, else its bytes (a sample of a very large one)."""
 
@@ -169,7 +124,8 @@ class SavedArray(Saved):
     def changed(self) -> bool:
         """See `Saved`."""
         array = self._array if self.restorable else self._sampled()
-        if array.shape != self._saved.shape:
+        # Only arrays that can be written are kept; one that was locked meanwhile has changed.
+        if array.shape != self._saved.shape or not self._array.flags.writeable:
             return True
         if array.dtype == object:
             return any(a is not b for a, b in zip(array.flat, self._saved.flat, strict=True))
@@ -178,6 +134,7 @@ class SavedArray(Saved):
     def restore(self) -> None:
         """See `Saved`."""
         if self.restorable:
+            self._array.flags.writeable = True
             if self._array.shape != self._saved.shape:
                 # Views of it exist for certain (the saved attributes among them); the check would refuse.
                 self._array.resize(self._saved.shape, refcheck=False)
@@ -216,6 +173,22 @@ def generator_state(where: str, value: Any) -> Saved | None:
     return None
 
 
+def shared_state(where: str, value: Any) -> Saved | None:
+    """The bytes of a `multiprocessing.Value` or `Array`; None for anything else.
+
+    It lies in memory that the loader's processes share, and refuses to be pickled or copied.
+    """
+    if not isinstance(value, SynchronizedBase):
+        return None
+    raw = value.get_obj()
+    where_it_lies, size = ctypes.addressof(raw), ctypes.sizeof(raw)
+    return SavedPosition(
+        where,
+        lambda: ctypes.string_at(where_it_lies, size),
+        lambda content: ctypes.memmove(where_it_lies, content, size),
+    )
+
+
 def equal_states(one: Any, other: Any) -> bool:
     """Whether two plain states (nested tuples, dictionaries, arrays, tensors) are equal, bit for bit."""
     if type(one) is not type(other):
@@ -245,7 +218,8 @@ def _base_of(container: Any) -> Any:
     raise TypeError(type(container).__name__)
 
 
-def _same(now: list[Any], before: list[Any]) -> bool:
+def same_objects(now: list[Any], before: list[Any]) -> bool:
+    """Whether two lists hold the same objects in the same places; plain values by what they are."""
     return len(now) == len(before) and all(
         a is b or (type(a) is type(b) and isinstance(a, _PLAIN) and repr(a) == repr(b))
         for a, b in zip(now, before, strict=True)

@@ -110,6 +110,7 @@ class SavedVersion(Saved):
     """Only the write counter of a weight: cheap, tells of writes in place, and cannot restore them."""
 
     restorable = False
+    watched = True
 
     def __init__(self, where: str, tensor: Tensor) -> None:
         super().__init__(where)

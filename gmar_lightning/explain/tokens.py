@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,8 @@ from gmar_lightning.explain.attention import AttentionCall, Recording
 from gmar_lightning.explain.errors import UnsupportedModelError
 from gmar_lightning.explain.trace import as_tokens
 
-# Class, distillation, register and prompt tokens together; more than this is some other arrangement.
+# Class, distillation, register and prompt tokens together; with more, or some behind the patches, their place is
+# searched for.
 _MOST_PREFIX_TOKENS = 64
 # How far, in patches, the centre of what a token sees may lie from the centre of its patch.
 _MOST_OFFSET = 0.75
@@ -64,18 +65,21 @@ def token_layout(found: Recording, model: nn.Module, image: Tensor | None) -> To
         for prefix in dict.fromkeys((tokens - math.prod(grid), 0))
         if 0 <= tokens - math.prod(grid) <= _MOST_PREFIX_TOKENS
     ]
+    seen_by = _what_tokens_see(found, image, layouts[0]) if layouts else None
+    if layouts and seen_by is None and layouts[0].grid in told:
+        return layouts[0]
+    for layout in layouts:
+        if seen_by is not None and sees_its_patches(layout, *seen_by):
+            return layout
+    inside = _among_others(found, image, grids)
+    if inside is not None:
+        return inside
     if not layouts:
         seen = f"the image has {told[0][0]} x {told[0][1]} patches" if told else "no patch grid was found"
         raise UnsupportedModelError(
             f"{first.name} ({first.owner}) attends over {tokens} positions while {seen}: channel attention, "
             "tokens dropped, or patches cut in a way that neither a convolution nor patch_size shows."
         )
-    seen_by = _what_tokens_see(found, image, layouts[0])
-    if seen_by is None and layouts[0].grid in told:
-        return layouts[0]
-    for layout in layouts:
-        if seen_by is not None and sees_its_patches(layout, *seen_by):
-            return layout
     tried = ", ".join(dict.fromkeys(f"{height} x {width}" for height, width in grids))
     raise UnsupportedModelError(
         f"the {tokens} tokens that {first.name} ({first.owner}) reads are not the image's patches in reading "
@@ -83,6 +87,46 @@ def token_layout(found: Recording, model: nn.Module, image: Tensor | None) -> To
         "depends on another part of the image (permuted, cropped or regrouped patches), so no picture can be "
         "drawn."
     )
+
+
+def _among_others(found: Recording, image: Tensor, grids: list[tuple[int, int]]) -> TokenLayout | None:
+    """The layout when tokens without a part in the image stand before and behind the patches, however many.
+
+    Where the patches begin and end is searched by halves: a few backward passes through the stem alone.
+    """
+    tokens = found.calls[0].k.shape[-2]
+    if not _any_sees(found, image, slice(0, tokens)):
+        return None
+    first = _search(tokens, lambda end: _any_sees(found, image, slice(0, end + 1)))
+    behind = _search(tokens, lambda end: _any_sees(found, image, slice(tokens - 1 - end, tokens)))
+    patches = tokens - behind - first
+    squares = _square_patches(patches, (image.shape[-2], image.shape[-1]))
+    for grid in dict.fromkeys([*grids, *squares]):
+        layout = TokenLayout(first, grid)
+        if math.prod(grid) == patches:
+            seen_by = _what_tokens_see(found, image, layout)
+            if seen_by is not None and sees_its_patches(layout, *seen_by):
+                return layout
+    return None
+
+
+def _search(count: int, holds: Callable[[int], bool]) -> int:
+    """The smallest of `count` numbers for which something holds, that holds for all larger ones."""
+    low, high = 0, count - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low
+
+
+def _any_sees(found: Recording, image: Tensor, asked: slice) -> bool:
+    tokens = found.calls[0].k.shape[-2]
+    parts = [part for part in found.entered if part.requires_grad and part.shape[-2] == tokens]
+    if not parts:
+        return False
+    score = torch.stack([(part[:, :, asked] * direction(part)).sum() for part in parts]).sum()
+    (grad,) = torch.autograd.grad(score, image, retain_graph=True, allow_unused=True)
+    return grad is not None and bool(grad.ne(0).any())
 
 
 def _grids_from_patch_size(model: nn.Module, size: tuple[int, int]) -> Iterator[tuple[int, int]]:
@@ -109,7 +153,7 @@ def _what_tokens_see(found: Recording, image: Tensor, layout: TokenLayout) -> tu
     """
     first = found.calls[0]
     tokens = first.k.shape[-2]
-    patches = tokens - layout.prefix
+    patches = tokens - layout.prefix if layout.grid is None else math.prod(layout.grid)
     asked = sorted({layout.prefix + int(patches * 0.35), layout.prefix + int(patches * 0.8)})
     parts = [part for part in found.entered if part.requires_grad and part.shape[-2] == tokens]
     if not parts:
@@ -120,19 +164,21 @@ def _what_tokens_see(found: Recording, image: Tensor, layout: TokenLayout) -> tu
     grad, *others = torch.autograd.grad(score, [image, *earlier], retain_graph=True, allow_unused=True)
     for other in others:
         if other is not None:
-            _check_unmixed(len(asked), other, first)
+            _check_unmixed(len(asked), other, first, {math.prod(grid) for grid in found.trace.grids})
     if grad is None or not grad.isfinite().all() or not grad.any():
         return None
     seen = grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum((0, 1))
     return asked, seen / seen.sum()
 
 
-def _check_unmixed(asked: int, grad: Tensor, first: AttentionCall) -> None:
+def _check_unmixed(asked: int, grad: Tensor, first: AttentionCall, places: set[int]) -> None:
     """Refuse when so many tokens were computed from more tokens than they are; another order is no mixture."""
     batch, tokens = len(first.k), first.k.shape[-2]
     views = [as_tokens(grad, batch, tokens)]
-    if grad.shape[1:] == (tokens, tokens):
-        views.append(grad.mT)  # channels in front of as many tokens cannot be told from tokens
+    if grad.shape[1] == tokens == grad.shape[-1] or grad.shape[-1] in places:
+        views.append(
+            grad.mT
+        )  # as many channels as tokens, in front of the places: not to be told from tokens
     counts = []
     for view in views:
         assert view is not None

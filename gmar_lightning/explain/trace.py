@@ -31,6 +31,12 @@ _POWERS = frozenset({"pow", "rpow", "ipow", "square", "float_power", "exp", "exp
 # Attention in one operation that neither the name nor the function mode can open.
 _OPAQUE = frozenset({"flex_attention", "varlen_attn"})
 
+# Attributes that are no tensors: nothing to follow, and three of four functions that a mode is asked for.
+ATTRIBUTES = frozenset(
+    getattr(Tensor, name).__get__
+    for name in ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "grad_fn", "is_leaf")
+)
+
 
 @dataclass
 class _Frame:
@@ -132,6 +138,7 @@ class ModuleTrace:
         mixers: What mixed tokens outside the attention, after the first attention.
         softmaxes: Modules that compute attention-like softmaxes by hand, without values they are multiplied with.
         hand: Follows scores and maps of attention written by hand.
+        suspects: Modules with a softmax of attention-like shape, not of a product: linear attention, or a router.
         silent: Modules named as attention that ran without a call that was intercepted.
         handed_out: Graph nodes of attention weights that modules returned beside their output.
         tokens: The token tensors on the way.
@@ -142,6 +149,7 @@ class ModuleTrace:
         self.grids: list[tuple[int, int]] = []
         self.mixers: list[str] = []
         self.softmaxes: list[str] = []
+        self.suspects: list[str] = []
         self.silent: list[str] = []
         self.handed_out: set[Any] = set()
         self.hand = HandWritten(self.running)
@@ -205,8 +213,10 @@ class ModuleTrace:
         if not isinstance(result, Tensor):
             return
         self.tokens.note(result)
-        if of_scores or (is_softmax and _looks_like_attention(result)):
+        if of_scores:
             self.softmaxes.append(self._where())
+        elif is_softmax and _looks_like_attention(result):
+            self.suspects.append(self._where())
         name = getattr(func, "__name__", "").lstrip("_")
         self.tokens.note_product(name, operands, result)
         if name in _OPAQUE:
@@ -214,7 +224,8 @@ class ModuleTrace:
         elif self._token_count is None:
             if name == "conv2d" and result.ndim == 4:
                 self.grids.insert(0, (result.shape[-2], result.shape[-1]))
-        elif _mixes_tokens(name, operands, result, self._token_count):
+        elif result.requires_grad and _mixes_tokens(name, operands, result, self._token_count):
+            # What has no gradient (a teacher under `no_grad`) is beside the way from the images to the logits.
             self.mixers.append(f"{self._where()} by {name}")
 
     def _where(self) -> str:

@@ -9,6 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
+
+from gmar_lightning.explain.inputs import Inputs, image_key, named_inputs
+from gmar_lightning.explain.nested import are_samples, rows_of
 
 IMAGE_KEYS = ("images", "image", "pixel_values", "inputs", "input", "x", "img")
 LABEL_KEYS = ("labels", "label", "targets", "target", "y", "class", "classes", "class_id")
@@ -17,7 +21,9 @@ _DEEPEST = 4
 _KEY = "\0"
 
 
-def unpack_batch(batch: Any, positions: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
+def unpack_batch(
+    batch: Any, positions: Sequence[int] = (), inputs: Inputs = None
+) -> tuple[Tensor, Tensor | None]:
     """Images and labels of a batch.
 
     Images are the tensor `(batch, channels, height, width)` under one of `IMAGE_KEYS`, else the first there is
@@ -28,6 +34,7 @@ def unpack_batch(batch: Any, positions: Sequence[int] = ()) -> tuple[Tensor, Ten
     Args:
         batch: A tensor, or tuples, lists, mappings, named tuples and dataclasses of them, nested.
         positions: Indices of the samples in their data set, where they are known.
+        inputs: Makes of the batch what a model takes, see `gmar`; says which are the images, too.
 
     Returns:
         Images `(batch, channels, height, width)` and labels `(batch,)` or None.
@@ -35,6 +42,8 @@ def unpack_batch(batch: Any, positions: Sequence[int] = ()) -> tuple[Tensor, Ten
     Raises:
         ValueError: Naming the keys or positions that were seen.
     """
+    if inputs is not None:
+        return _made(batch, positions, inputs)
     parts = list(_parts(batch, ""))
     pictures = [(name, value) for name, value in parts if _is_images(value)]
     named = [value for key in IMAGE_KEYS for name, value in pictures if _last(name) == key]
@@ -53,6 +62,32 @@ def unpack_batch(batch: Any, positions: Sequence[int] = ()) -> tuple[Tensor, Ten
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"the batch has {len(images)} images but {len(labels)} labels")
     return images, labels
+
+
+def _made(batch: Any, positions: Sequence[int], inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+    """Images that a callable made of a batch (token sequences for a model without any), and labels found in it."""
+    given = named_inputs(batch, inputs)
+    key = image_key(given)
+    tensors = [value for value in given.values() if isinstance(value, Tensor) and value.ndim]
+    if key is None and not tensors:
+        raise ValueError("inputs= made no tensor with a row per image of the batch")
+    images = tensors[0] if key is None else given[key]
+    alone = named_inputs(rows_of(batch, [0], len(images)), inputs)
+    first = (
+        next(value for value in alone.values() if isinstance(value, Tensor)) if key is None else alone[key]
+    )
+    if first.shape != images[:1].shape or not torch.equal(first, images[:1]):
+        raise ValueError(
+            f"the batch cannot be cut into images: inputs= makes {tuple(images.shape)} of all of it, and of its "
+            f"first row {tuple(first.shape)}, which is not the first image. Give every part a row per image."
+        )
+    if are_samples(batch, len(images)):
+        try:
+            batch = default_collate(list(batch))
+        except (TypeError, RuntimeError, KeyError):
+            return images, None  # samples of different shapes: their labels are not looked for
+    labels = _labels(list(_parts(batch, "")), len(images), list(positions))
+    return images, labels if labels is not None and len(labels) == len(images) else None
 
 
 def masks_of(batch: Any, images: Tensor) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch import nn
 
 from gmar_lightning.explain.ablation import Head, ablate_heads, gate_effects, head_outputs
 from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.inputs import named_inputs
+from gmar_lightning.explain.nested import rows_of
 from gmar_lightning.monitor.events import HeadEvent
 from gmar_lightning.monitor.explanation import Explanation
 from gmar_lightning.monitor.probe import ProbeBatch
@@ -61,7 +63,8 @@ def confirm_by_ablation(
     heads = np.isfinite(explanation.importance.mean(0)).sum(-1)
     control = _control(collapsed, set(flagged), heads)
     rows = rows_of_process(len(probe))
-    images, logits = probe.images[rows], torch.from_numpy(explanation.logits[rows])
+    images = named_inputs(probe.part(rows), settings.inputs)
+    logits = torch.from_numpy(explanation.logits[rows])
     targets = torch.from_numpy(explanation.targets[rows])
 
     chosen = {"flagged": collapsed, "control": control}
@@ -88,7 +91,7 @@ def confirm_by_ablation(
                 for method in _METHODS
             }
             gates = (
-                _gates(model, images, targets, collapsed, settings) if means else _unknown(images, collapsed)
+                _gates(model, images, targets, collapsed, settings) if means else _unknown(rows, collapsed)
             )
             return {**found, "gates": gates}
 
@@ -158,7 +161,7 @@ def _verdict(zero: np.ndarray, mean: np.ndarray, beside: np.ndarray, beside_mean
     return "The answer still depends on it: look for the cause before you go on."
 
 
-def _unknown(images: torch.Tensor, columns: Sized) -> np.ndarray:
+def _unknown(images: Sized, columns: Sized) -> np.ndarray:
     return np.full((len(images), len(columns)), np.nan)
 
 
@@ -167,13 +170,19 @@ def _key(at: Head) -> str:
 
 
 def _gates(
-    model: nn.Module, images: torch.Tensor, targets: torch.Tensor, heads: Heads, settings: ProbeSettings
+    model: nn.Module,
+    images: Mapping[str, Any],
+    targets: torch.Tensor,
+    heads: Heads,
+    settings: ProbeSettings,
 ) -> np.ndarray:
     # With gradients a batch needs as much memory as the probe itself: the same micro-batches.
-    size = settings.micro_batch_size or len(images)
+    count = len(targets)
+    size = settings.micro_batch_size or count
+    cuts = [slice(start, start + size) for start in range(0, count, size)]
     parts = [
-        gate_effects(model, some, goals, heads=heads, module=settings.module)
-        for some, goals in zip(images.split(size), targets.split(size), strict=True)
+        gate_effects(model, rows_of(images, cut, count), targets[cut], heads=heads, module=settings.module)
+        for cut in cuts
     ]
     return torch.cat(parts).numpy()
 
@@ -191,7 +200,7 @@ def _control(collapsed: Heads, flagged: set[tuple[int, int]], heads: np.ndarray)
 
 def _effect(
     model: nn.Module,
-    images: torch.Tensor,
+    images: Mapping[str, Any],
     targets: torch.Tensor,
     logits: torch.Tensor,
     heads: Heads,
@@ -200,7 +209,7 @@ def _effect(
     module: str | None,
 ) -> np.ndarray:
     if not heads or (method == "mean" and not means):
-        return _unknown(images, range(2))
+        return _unknown(targets, range(2))
     result = ablate_heads(
         model, images, targets, heads=heads, module=module, logits=logits, method=method, means=means
     )

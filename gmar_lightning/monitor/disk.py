@@ -123,6 +123,6 @@ def read_lines(path: Path, read: Callable[[Mapping[str, Any]], Read]) -> list[tu
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             lines.append((line, read(json.loads(line))))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             warnings.warn(f"{path}: line {number} is damaged and left out", RuntimeWarning, stacklevel=3)
     return lines

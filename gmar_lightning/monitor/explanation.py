@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gmar_lightning.explain.gmar import GMARResult, gmar
-from gmar_lightning.explain.inputs import Goal
+from gmar_lightning.explain.inputs import Goal, goal_of
 from gmar_lightning.explain.output import Output, probabilities
 from gmar_lightning.explain.rollout import Rollout
 from gmar_lightning.monitor.packing import signal_of
@@ -99,7 +99,7 @@ def explain_together(
         ProbeError: When the probe failed on this or another process.
     """
     rows = rows_of_process(len(probe))
-    images, targets = probe.images[rows], _targets(probe, settings.target, rows)
+    images, targets = probe.part(rows), targets_of(probe, settings.target, rows)
     size, exhausted = min(settings.micro_batch_size or len(rows), len(rows)), False
     # All forms come from the same pass, so the record keeps them all.
     others = [form for form in get_args(Rollout) if form != settings.rollout]
@@ -114,6 +114,7 @@ def explain_together(
                 rollout=(settings.rollout, *others),
                 residual=settings.residual,
                 module=settings.module,
+                inputs=settings.inputs,
                 micro_batch_size=size,
                 signals=True,
                 head_maps=settings.drawn > 0,
@@ -141,9 +142,14 @@ def _drawn(head_maps: np.ndarray | None, count: int) -> np.ndarray | None:
     return head_maps[:count] if head_maps is not None and head_maps.ndim == 5 else None
 
 
-def _targets(probe: ProbeBatch, target: Target, rows: list[int]) -> Goal:
+def targets_of(probe: ProbeBatch, target: Target, rows: list[int]) -> Goal:
+    """What is explained of some of the probe images.
+
+    Raises:
+        ProbeError: There are no labels, and the target needs them.
+    """
     if callable(target):
-        return target
+        return goal_of(target, rows)
     if target == "predicted":
         return None
     if target == "label":

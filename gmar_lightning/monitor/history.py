@@ -22,6 +22,7 @@ from gmar_lightning.monitor.runfile import (
     read_run,
     with_first_segment,
     write_run,
+    write_run_again,
 )
 from gmar_lightning.monitor.tables import GrowingTables, fitted, frame_of, rows_of
 
@@ -135,13 +136,11 @@ class History:
         check_next(record, self.records, len(self.layers))
         kept = record = replace(record, segment=record.segment or self.segment)
         try:
+            self._describe(record)
             if self.on_disk:
-                self._describe(record)
                 record = self._write(record)
                 slim = {n: record.signals[n].astype(np.float32) for n in _KEPT if n in record.signals}
                 kept = replace(record, signals=slim)
-            else:
-                self._describe(record)
         finally:
             self.records.append(replace(kept, maps={}, head_maps=None))
         return self.records[-1]
@@ -341,6 +340,7 @@ class History:
             stored_maps=stem if record.maps else None,
             stored_head_maps=stem if record.head_maps is not None else None,
         )
+        write_run_again(self.dir, self.run)
         self._files.write(record, stem)
         line = json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         append_line(self.dir / "history.jsonl", line)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +17,14 @@ from torch import Tensor, nn
 
 from gmar_lightning.explain.faithfulness import faithfulness_per_image, random_maps
 from gmar_lightning.explain.gmar import GMARResult, gmar
-from gmar_lightning.explain.inputs import classifier_of
+from gmar_lightning.explain.inputs import classifier_of, named_inputs
 from gmar_lightning.explain.sanity import (
     SkippedCheckError,
     class_sensitivity,
     randomisation,
     rank_correlation,
 )
-from gmar_lightning.monitor.explanation import Explanation
+from gmar_lightning.monitor.explanation import Explanation, targets_of
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.processes import joined, on_every_process, rows_of_process
 from gmar_lightning.monitor.settings import ProbeSettings
@@ -65,19 +66,18 @@ def measure_faithfulness(
     """
     count = min(_IMAGES, len(probe))
     rows = rows_of_process(count)
-    assert explanation.targets is not None, "the caller asks for the faithfulness of classes only"
-    assert explanation.logits is not None
-    logits = torch.from_numpy(explanation.logits[rows])
+    images = named_inputs(probe.part(rows), settings.inputs)
     maps = torch.from_numpy(next(iter(explanation.maps.values())))
     plain = torch.from_numpy(explanation.maps["rollout"])
     noise = random_maps((count, *maps.shape[1:]))
-    targets = torch.from_numpy(explanation.targets[rows])
+    of_class = None if explanation.targets is None else torch.from_numpy(explanation.targets[rows])
+    targets: Any = targets_of(probe, settings.target, rows) if of_class is None else of_class
 
     def tried() -> dict[str, np.ndarray]:
         with settings.precision():
             values = faithfulness_per_image(
                 classifier_of(model, settings.module),
-                probe.images[rows],
+                images,
                 targets,
                 maps[rows],
                 noise[rows],
@@ -86,11 +86,17 @@ def measure_faithfulness(
             )
         return {name: value.cpu().numpy() for name, value in values.items()}
 
+    def other_class() -> Tensor:
+        if of_class is None or explanation.logits is None:
+            raise SkippedCheckError("a callable says what is explained, so there is no runner-up class")
+        logits = torch.from_numpy(explanation.logits[rows])
+        return class_sensitivity(model, images, maps[rows], of_class, logits, _explain(settings))
+
     def checked() -> dict[str, np.ndarray]:
         tests: dict[str, Callable[[], Tensor]] = {
             "randomisation": lambda: randomisation(
                 model,
-                probe.images[rows],
+                images,
                 maps[rows],
                 targets,
                 _explain(settings),
@@ -99,9 +105,7 @@ def measure_faithfulness(
             ),
         }
         if explanation.runner_up is None:
-            tests["class_sensitivity"] = lambda: class_sensitivity(
-                model, probe.images[rows], maps[rows], targets, logits, _explain(settings)
-            )
+            tests["class_sensitivity"] = other_class
         return {name: _or_skipped(test, name, len(rows), settings, say) for name, test in tests.items()}
 
     values = {**joined(on_every_process(tried), count), **joined(on_every_process(checked), count)}

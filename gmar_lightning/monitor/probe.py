@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.inputs import Inputs
 from gmar_lightning.explain.isolation import isolated_random_state, kept
+from gmar_lightning.explain.nested import joined_batches, leaves_of, mapped, rows_of
 from gmar_lightning.monitor.batches import masks_of, unpack_batch
 from gmar_lightning.monitor.processes import of_first_process, on_every_process
 
@@ -38,6 +40,7 @@ class ProbeBatch:
         names: What captions call each image, where somebody chose them; not part of the fingerprint.
         masks: Boolean `(images, height, width)`, where the evidence lies, from batches that say so; the border is
             drawn on the pictures. Not part of the fingerprint.
+        batch: The whole batch, where a callable makes of it what the model takes; the images are those it made.
     """
 
     images: Tensor
@@ -45,21 +48,31 @@ class ProbeBatch:
     available: int | None = None
     names: tuple[str, ...] | None = None
     masks: Tensor | None = None
+    batch: Any = None
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def part(self, rows: list[int]) -> Any:
+        """What `gmar` takes of some of the images."""
+        return self.images[rows] if self.batch is None else rows_of(self.batch, rows, len(self))
+
     @property
     def fingerprint(self) -> str:
-        """Digest of images and labels: equal exactly when the probe images are."""
+        """Digest of images and labels, and of all else that the model takes: equal exactly when they are."""
         digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
         digest.update(self.images.float().contiguous().numpy().tobytes())
         if self.labels is not None:
             digest.update(self.labels.long().contiguous().numpy().tobytes())
+        for path, leaf in leaves_of(self.batch).items() if self.batch is not None else ():
+            content = leaf.float().contiguous().numpy().tobytes() if isinstance(leaf, Tensor) else repr(leaf)
+            digest.update(f"{path} {content!r}".encode())
         return digest.hexdigest()[:16]
 
 
-def draw_probe(loader: Any, num_images: int, transfer: Callable[[Any], Any] | None = None) -> ProbeBatch:
+def draw_probe(
+    loader: Any, num_images: int, transfer: Callable[[Any], Any] | None = None, inputs: Inputs = None
+) -> ProbeBatch:
     """Draw a class-balanced batch from a validation loader's data set, without touching any random stream.
 
     The loader itself is never iterated: starting its workers would move the random state and with it the
@@ -71,6 +84,7 @@ def draw_probe(loader: Any, num_images: int, transfer: Callable[[Any], Any] | No
         loader: A `DataLoader`, or a list of batches.
         num_images: How many; all there are when there are fewer.
         transfer: What happens to a batch on its way to the model (device, batch-transfer hooks).
+        inputs: Makes of a batch what the model takes, see `gmar`.
 
     Returns:
         The batch, classes taking turns.
@@ -82,9 +96,9 @@ def draw_probe(loader: Any, num_images: int, transfer: Callable[[Any], Any] | No
     try:
         # What cannot be copied is read itself, and put back: generators, counters, positions, open files.
         with isolated_random_state(seed=0), kept(_roots(loader)):
-            batch, positions, available = _drawn(loader, num_images)
+            batch, positions, available = _drawn(loader, num_images, inputs)
             batch = batch if transfer is None else transfer(batch)
-            images, labels = unpack_batch(batch, positions)
+            images, labels = unpack_batch(batch, positions, inputs)
             masks = masks_of(batch, images)
     except UnsupportedModelError as error:
         raise ValueError(f"{error} Pass probe_batch=(images, labels).") from error
@@ -98,11 +112,21 @@ def draw_probe(loader: Any, num_images: int, transfer: Callable[[Any], Any] | No
         # Indexing copies, so that nothing of the data set stays alive with the probe.
         return None if values is None else values.detach().cpu()[rows].clone()
 
-    return ProbeBatch(images.detach().cpu()[rows].clone(), chosen(labels), available, masks=chosen(masks))
+    kept_batch = None if inputs is None else on_cpu(rows_of(batch, rows, len(images)))
+    first = images.detach().cpu()[rows].clone()
+    return ProbeBatch(first, chosen(labels), available, masks=chosen(masks), batch=kept_batch)
+
+
+def on_cpu(batch: Any) -> Any:
+    """A copy of a nested batch, detached and on the CPU."""
+    return mapped(batch, lambda tensor: tensor.detach().cpu().clone())
 
 
 def draw_indices(
-    loader: Any, indices: Sequence[int], transfer: Callable[[Any], Any] | None = None
+    loader: Any,
+    indices: Sequence[int],
+    transfer: Callable[[Any], Any] | None = None,
+    inputs: Inputs = None,
 ) -> ProbeBatch:
     """The images of a validation loader's data set at these indices, in this order, as `draw_probe` reads them.
 
@@ -118,14 +142,14 @@ def draw_indices(
         dataset, collate = _private_copy((loader.dataset, loader.collate_fn))
         batch = collate([dataset[index] for index in indices])
         batch = batch if transfer is None else transfer(batch)
-        images, labels = unpack_batch(batch, indices)
+        images, labels = unpack_batch(batch, indices, inputs)
         masks = masks_of(batch, images)
     names = tuple(f"image {index}" for index in indices)
     images, labels, masks = (
         None if part is None else part.detach().cpu().clone() for part in (images, labels, masks)
     )
     assert images is not None
-    return ProbeBatch(images, labels, len(dataset), names, masks)
+    return ProbeBatch(images, labels, len(dataset), names, masks, None if inputs is None else on_cpu(batch))
 
 
 def agreed_probe(draw: Callable[[], ProbeBatch]) -> ProbeBatch:
@@ -152,16 +176,17 @@ def _roots(loader: Any) -> dict[str, Any]:
     return {"dataset": loader.dataset, "collate_fn": loader.collate_fn, "generator": loader.generator}
 
 
-def _drawn(loader: Any, num_images: int) -> tuple[Any, list[int], int | None]:
+def _drawn(loader: Any, num_images: int, inputs: Inputs) -> tuple[Any, list[int], int | None]:
     """A batch, the positions of its samples in the data set where they are known, and how many there are."""
+    merged = _merged if inputs is None else _joined
     if not isinstance(loader, DataLoader):
-        return _merged(itertools.islice(_iterated(loader), num_images)), [], None
+        return merged(itertools.islice(_iterated(loader), num_images)), [], None
     streams = isinstance(loader.dataset, IterableDataset)
     dataset, collate = _private_copy((loader.dataset, loader.collate_fn))
     if streams:
-        return _from_stream(loader, dataset, collate, num_images), [], None
+        return _from_stream(loader, dataset, collate, num_images, merged), [], None
     if loader.batch_sampler is None:  # items are batches
-        return _merged(dataset[i] for i in range(min(num_images, len(dataset)))), [], None
+        return merged(dataset[i] for i in range(min(num_images, len(dataset)))), [], None
     if len(dataset) == 0:
         raise ValueError("the validation set is empty; pass probe_batch=(images, labels)")
     positions, items = _readable(dataset, *_candidates(dataset, num_images))
@@ -203,11 +228,17 @@ def _readable(dataset: Any, order: Sequence[int], wanted: int) -> tuple[list[int
     return positions, items
 
 
-def _from_stream(loader: DataLoader, stream: Any, collate: Callable[[Any], Any], num_images: int) -> Any:
+def _from_stream(
+    loader: DataLoader,
+    stream: Any,
+    collate: Callable[[Any], Any],
+    num_images: int,
+    merged: Callable[[Any], Any],
+) -> Any:
     items = list(itertools.islice(stream, _CANDIDATES * num_images))
     if not items:
         raise ValueError("the validation stream is empty; pass probe_batch=(images, labels)")
-    return _merged(items) if loader.batch_size is None else collate(items)
+    return merged(items) if loader.batch_size is None else collate(items)
 
 
 def _private_copy(original: Any) -> Any:
@@ -282,6 +313,13 @@ def _balanced(labels: Sequence[Any], num_images: int) -> list[int]:
         of_class.setdefault(label, []).append(index)
     turns = itertools.zip_longest(*(of_class[label] for label in sorted(of_class)))
     return [index for index in itertools.chain.from_iterable(turns) if index is not None][:num_images]
+
+
+def _joined(batches: Iterable[Any]) -> Any:
+    drawn = list(batches)
+    if not drawn:
+        raise ValueError("the validation set is empty; pass probe_batch")
+    return joined_batches(drawn)
 
 
 def _merged(batches: Iterable[Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from gmar_lightning.monitor.live import FAITHFULNESS, SANITY, measure_faithfulne
 from gmar_lightning.monitor.probe import ProbeBatch
 from gmar_lightning.monitor.processes import gathered, on_every_process, refused
 from gmar_lightning.monitor.record import ProbeRecord
-from gmar_lightning.monitor.say import SayOnce
+from gmar_lightning.monitor.say import SayOnce, without_folders
 from gmar_lightning.monitor.settings import ProbeSettings
 
 # So many failures in a row, and no more probes are taken: what fails three times fails always.
@@ -86,6 +87,8 @@ class Prober:
         self._on_error, self._say = on_error, SayOnce() if say is None else say
         self._failed_in_a_row = 0
         self._drift = DriftTracker()
+        # The detector as it was before a state was loaded, until it is known whether that fits the model.
+        self._untaught: tuple[tuple[int, ...], CollapseDetector] | None = None
 
     @property
     def spent(self) -> bool:
@@ -133,7 +136,7 @@ class Prober:
             if self._on_error == "raise" or (first and refused(error)):
                 raise
             self._note_failure(error, moment.step)
-            record = replace(record, failure=f"{type(error).__name__}: {error}")
+            record = replace(record, failure=without_folders(f"{type(error).__name__}: {error}"))
         else:
             self._failed_in_a_row = 0
         return replace(record, seconds=time.monotonic() - started)
@@ -176,7 +179,7 @@ class Prober:
                 raise
             self.taken += 1
             self._note_failure(error, moment.step)
-            return replace(record, failure=f"{type(error).__name__}: {error}")
+            return replace(record, failure=without_folders(f"{type(error).__name__}: {error}"))
         self.taken, self._failed_in_a_row = self.taken + 1, 0
         return replace(
             record,
@@ -197,6 +200,7 @@ class Prober:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         if self.detector is not None and state["detector"] is not None:
+            self._untaught = tuple(state["detector"]["shape"]), copy.deepcopy(self.detector)
             self.detector.load_state_dict(state["detector"])
         self.taken, self.failed = state["taken"], state["failed"]
 
@@ -276,8 +280,12 @@ class Prober:
     ) -> list[HeadEvent]:
         if self.detector is None:
             return []
+        if self._untaught is not None and self._untaught[0] != signals["importance"].shape:
+            self.detector = self._untaught[1]  # what was known of other heads says nothing of these
+        self._untaught = None
         others = {name: table for name, table in signals.items() if name != "importance"}
-        return self.detector.update(record.step, signals["importance"], layers, others, context)
+        named = [f"{self.settings.layer_prefix}{layer}" for layer in layers]
+        return self.detector.update(record.step, signals["importance"], named, others, context)
 
     def _drift_of(self, explanation: Explanation) -> Mapping[str, np.ndarray] | None:
         primary = next(iter(explanation.maps.values()), None)
@@ -291,7 +299,7 @@ class Prober:
         # Always the same names: a CSV file has the columns of its first row.
         nothing = dict.fromkeys((*FAITHFULNESS, *SANITY), math.nan)
         pictures = all(maps.ndim == 3 for maps in explanation.maps.values()) and bool(explanation.maps)
-        if not due or not pictures or explanation.targets is None:
+        if not due or not pictures:
             return nothing
         try:
             return measure_faithfulness(model, probe, explanation, self.settings, self._say)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gmar_lightning.explain.errors import UnsupportedModelError
+from gmar_lightning.explain.errors import CutOffError, LiveIteratorError, UnsupportedModelError
 from gmar_lightning.monitor.sharded import Gathering, check_weights, units_of
 
 Result = TypeVar("Result")
@@ -38,7 +38,12 @@ class ProbeError(RuntimeError):
 
 
 def refused(error: Exception) -> bool:
-    """Whether the model or the arguments are at fault, rather than the moment; the same on all processes."""
+    """Whether the model or the arguments are at fault, rather than the moment; the same on all processes.
+
+    A forward that is right for its training and only in the way of a probe is none: that run goes on without.
+    """
+    if isinstance(error, (CutOffError, LiveIteratorError)):
+        return False
     return isinstance(error, (UnsupportedModelError, ValueError)) or getattr(error, "refused", False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ from gmar_lightning.monitor.disk import write_atomically
 from gmar_lightning.monitor.record import FORMAT, ProbeRecord, finite_only, head_counts
 
 _RECORD_PARTS = ("run.json", "history.jsonl", "inputs", "maps", "head_maps", "heatmaps", "report.html")
+
+
+class OtherModelError(ValueError):
+    """A probe of a model with other layers or heads than the record's."""
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -59,8 +64,8 @@ def check_next(record: ProbeRecord, before: Sequence[ProbeRecord], layers: int) 
     """Refuse a probe that cannot follow those before it.
 
     Raises:
-        ValueError: It does not come after the last one, or a signal has another number of layers than the run
-            (0 while that is not known), or it comes from another source.
+        ValueError: It does not come after the last one, or it comes from another source.
+        OtherModelError: It has other layers or heads than the run (0 layers while that is not known).
     """
     if before and record.position <= before[-1].position:
         raise ValueError(
@@ -73,7 +78,34 @@ def check_next(record: ProbeRecord, before: Sequence[ProbeRecord], layers: int) 
         )
     for name, table in record.signals.items():
         if layers and len(table) != layers:
-            raise ValueError(f"{name} has {len(table)} layers, the run has {layers}")
+            raise OtherModelError(f"{name} has {len(table)} layers, the run has {layers}")
+    known = next((r.importance.shape for r in reversed(before) if r.importance is not None), None)
+    if known is not None and record.importance is not None and record.importance.shape != known:
+        raise OtherModelError(f"(layers, heads) are {record.importance.shape}, the run has {known}")
+
+
+def write_run_again(folder: Path, run: Mapping[str, Any]) -> None:
+    """Write `run.json` where somebody deleted the record while the run goes on."""
+    if not (folder / "run.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_run(folder, run)
+        warnings.warn(
+            f"GMARCallback: {folder} was deleted in mid-run; the record goes on there without the probes before",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def run_of_other_model(run: Mapping[str, Any], segment: int) -> dict[str, Any]:
+    """What a new record says that goes on with the run's present probe images and another model."""
+    model = ("layers", "heads", "grid")
+    present = [entry for entry in run["segments"] if entry["segment"] == segment]
+    return {
+        **{name: value for name, value in run.items() if name not in model},
+        "segments": [
+            {name: value for name, value in entry.items() if name not in model} for entry in present
+        ],
+    }
 
 
 def move_aside(folder: Path) -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+
+
+def without_folders(text: str) -> str:
+    """The text with absolute paths shortened to their last part: a record may be shown to strangers."""
+    return re.sub(r"(?<![\w.])(?:[A-Za-z]:)?[/\\](?:[^\s/\\'\":;,]+[/\\])+", ".../", text)
 
 
 class SayOnce:

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from gmar_lightning.explain.inputs import logits_of
 from gmar_lightning.explain.output import kind_of, loss_of, predicted
+from gmar_lightning.monitor.photographs import read_photograph
 from gmar_lightning.monitor.probe import ProbeBatch
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -140,7 +141,7 @@ def candidates(length: int) -> list[int]:
 
 def ranked(
     choice: Literal["hardest", "misclassified"],
-    model: nn.Module,
+    model: Callable[[Tensor], Any],
     images: Tensor,
     labels: Tensor,
 ) -> tuple[list[int], int]:
@@ -149,7 +150,7 @@ def ranked(
     Args:
         choice: Which.
         model: Images to logits; in evaluation mode, without gradients.
-        images: `(candidates, channels, height, width)`.
+        images: `(candidates, channels, height, width)`, or what else stands for them, a row each.
         labels: `(candidates,)`.
 
     Returns:
@@ -177,8 +178,7 @@ def _taking_turns(files: Sequence[tuple[Path, str | None]]) -> list[tuple[Path, 
 
 def _prepared(path: Path, prepare: Callable[[Image.Image], Tensor]) -> Tensor:
     try:
-        with Image.open(path) as photograph:
-            return prepare(photograph.convert("RGB"))
+        return prepare(read_photograph(path))
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as an image ({error})") from error
 

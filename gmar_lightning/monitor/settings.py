@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gmar_lightning.explain.importance import Norm
+from gmar_lightning.explain.inputs import Inputs
 from gmar_lightning.explain.output import Output
 from gmar_lightning.explain.rollout import Rollout
 
@@ -41,6 +42,8 @@ class ProbeSettings:
         rollout: The primary form of the maps; the record keeps the others too.
         residual: As for `gmar`.
         module: Dotted path of the classifier inside the model.
+        layer_prefix: In front of the layers' names in events, where several modules are watched.
+        inputs: Makes of a batch what the model takes, as for `gmar`.
         micro_batch_size: Images per forward; None takes all at once.
         confirm: Whether newly flagged heads are confirmed by ablation.
         faithfulness_every: When the maps themselves are tested: "ends" (first and last probe), at each multiple of
@@ -56,6 +59,8 @@ class ProbeSettings:
     rollout: Rollout = "gradient"
     residual: float | None = None
     module: str | None = None
+    layer_prefix: str = ""
+    inputs: Inputs = None
     micro_batch_size: int | None = None
     confirm: bool = True
     faithfulness_every: int | Literal["ends"] | None = None

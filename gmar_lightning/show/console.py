@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gmar_lightning.monitor.record import Source
+from gmar_lightning.show.terminal import plain
 
 
 def opening_line(run: Mapping[str, Any]) -> str:
@@ -69,7 +70,7 @@ def closing_lines(
         lines.append(f"  look at    {folder / 'report.html'} (and {folder}/heatmaps)")
     if wandb_offline is not None:
         lines.append(f"  W&B        wandb leet {wandb_offline}   or   wandb sync {wandb_offline}")
-    return lines
+    return [plain(line) for line in lines]
 
 
 def alarm_text(events: Sequence[Any], most: int = 8) -> str:
@@ -95,4 +96,4 @@ def event_table(events: Sequence[Mapping[str, Any]], most: int = 40) -> list[str
         lines.append(f"  {event['step']:>8}  {event['kind']:<16}  {event['message']}")
     if len(events) > most:
         lines.insert(1, f"  ({len(events) - most} earlier ones are in the record)")
-    return lines
+    return [plain(line) for line in lines]

@@ -129,6 +129,12 @@ def of_source(name: str, source: Source) -> str:
     return name if source == "probe" else name.replace("gmar", "gmar_step", 1)
 
 
+def under(path: str | None, name: str) -> str:
+    """A name as it is logged for one of several modules: `gmar/<path>/...`; unchanged without a path."""
+    family, _, rest = name.partition("/")
+    return "/".join(part for part in (family, path, rest) if part)
+
+
 def test_of_maps(name: str) -> str:
     """The logged name of one of the numbers in `ProbeRecord.faithfulness`."""
     others = {"class_sensitivity": CLASS_SENSITIVITY, "randomisation": RANDOMISATION}

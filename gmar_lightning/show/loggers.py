@@ -30,7 +30,7 @@ class TensorBoardAdapter(Adapter):
             writer.add_image(name, picture, shown.step, dataformats="HWC")
         finite = shown.importance[np.isfinite(shown.importance)]
         if finite.size:
-            writer.add_histogram(keys.IMPORTANCE_HISTOGRAM, finite, shown.step)
+            writer.add_histogram(self.key(keys.IMPORTANCE_HISTOGRAM), finite, shown.step)
 
 
 class ImageHookAdapter(Adapter):

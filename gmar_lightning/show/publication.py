@@ -31,6 +31,7 @@ class Publication:
         photographs: The clean photographs again, one per overlay, for tables that show both in one row.
         events: What the detector reported at this probe, with the fields of `HeadEvent`.
         image_rows: What is known of each drawn image: index, label, prediction, probability, score, drift.
+        path: Of the module, where several are watched; scalars and grids have it in their names.
     """
 
     step: int
@@ -45,6 +46,7 @@ class Publication:
     photographs: Sequence[np.ndarray] = ()
     events: Sequence[Mapping[str, Any]] = ()
     image_rows: Sequence[Mapping[str, Any]] = ()
+    path: str | None = None
 
     @property
     def finite(self) -> dict[str, float]:
@@ -55,7 +57,7 @@ class Publication:
     def lists(self) -> dict[str, Sequence[np.ndarray]]:
         """Name to pictures, one per probe image; names without pictures this time are left out."""
         every = {keys.HEATMAPS: self.heatmaps, **self.others, keys.INPUTS: self.inputs}
-        return {name: images for name, images in every.items() if len(images)}
+        return {keys.under(self.path, name): images for name, images in every.items() if len(images)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +86,12 @@ class Adapter:
         logger: The logger.
         pictures: Whether `publish` sends pictures too.
         source: Where the numbers come from; decides the names.
+        path: Of the module, where several are watched; is part of the names.
     """
 
     pictures = False
     source: Source = "probe"
+    path: str | None = None
 
     def __init__(self, logger: Any) -> None:
         self.logger = logger
@@ -107,8 +111,8 @@ class Adapter:
         """Hand over what belongs to the end of a run."""
 
     def key(self, name: str) -> str:
-        """The name, as this source logs it."""
-        return keys.of_source(name, self.source)
+        """The name, as this source of this module logs it."""
+        return keys.of_source(keys.under(self.path, name), self.source)
 
     def prefixed(self, name: str) -> str:
         """The name as `log_metrics` of this logger writes it."""

@@ -57,6 +57,7 @@ class Publisher:
         loggers: The trainer's loggers.
         display: How the run is shown.
         say: Says a sentence on the console, once.
+        path: Of the module, as part of every logged name, where several are watched.
     """
 
     def __init__(
@@ -65,13 +66,15 @@ class Publisher:
         loggers: Sequence[Any],
         display: Display = Display(),
         say: SayOnce | None = None,
+        path: str | None = None,
     ) -> None:
+        self._path = path
         self.history, self.loggers, self.display = history, list(loggers), display
         self._say = SayOnce() if say is None else say
         self._source: Source = "step" if history.run.get("source") == "step" else "probe"
         self._adapters = [adapter_for(logger) for logger in self.loggers]
         for adapter in self._adapters:
-            adapter.source = self._source
+            adapter.source, adapter.path = self._source, path
         self._opened = False
         self._shown = self._at = 0
         self._media_every = 1
@@ -79,6 +82,12 @@ class Publisher:
     def plan(self, probes: int | None) -> None:
         """Told how many probes the run will take, None where nobody knows: pictures are spread over them."""
         self._media_every = max(1, math.ceil((probes or 0) / self.display.most_media))
+
+    def on(self, history: History) -> Publisher:
+        """The same for another record."""
+        other = Publisher(history, self.loggers, self.display, self._say)
+        other._media_every = self._media_every
+        return other
 
     def show(self, record: ProbeRecord) -> None:
         """Show a probe that the history already has.
@@ -127,7 +136,7 @@ class Publisher:
                 [[row[name] for name in _TABLE] for row in history.rows()],
                 report,
                 history.dir if history.on_disk else None,
-                {keys.of_source(name, self._source): value for name, value in summary(history).items()},
+                self._named({keys.of_source(name, self._source): v for name, v in summary(history).items()}),
             )
             self._to_loggers(lambda adapter: adapter.close(ending))
         flagged = history.records[-1].flagged if history.records else ()
@@ -142,7 +151,12 @@ class Publisher:
             source=self._source,
             wandb_offline=self._guarded("WandbLogger", lambda: offline_run(self.loggers)),
         )
+        lines[0] += f" {self._path}" if self._path else ""
         return lines + event_table(history.events)
+
+    def _named(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The same under the names that are logged for this module."""
+        return {keys.under(self._path, name): value for name, value in values.items()}
 
     def _drawn(self, record: ProbeRecord) -> dict[str, Any]:
         media = pictures(self.history, record, self.display.images, self.display.rollouts)
@@ -155,15 +169,12 @@ class Publisher:
         self, record: ProbeRecord, media: Mapping[str, Any] | None, flagged: Mapping[str, np.ndarray]
     ) -> Publication:
         heads, display = self.history.heads, self.display
-        numbers = scalars(record, heads, display.per_head)
-        hidden = (
-            frozenset(keys.of_source(name, record.source) for name, _ in keys.head_names(heads))
-            if display.per_head
-            else frozenset[str]()
-        )
+        numbers, flagged = self._named(scalars(record, heads, display.per_head)), self._named(flagged)
+        names = [keys.of_source(name, record.source) for name, _ in keys.head_names(heads)]
+        hidden = frozenset(keys.under(self._path, name) for name in names if display.per_head)
         events = [asdict(event) for event in record.events]
         if media is None:
-            return Publication(record.step, numbers, hidden, grids=flagged, events=events)
+            return Publication(record.step, numbers, hidden, grids=flagged, events=events, path=self._path)
         return Publication(
             record.step,
             numbers,
@@ -175,7 +186,8 @@ class Publisher:
             image_rows=image_rows(record, display.labels, display.names, display.image_names)[
                 : len(display.images)
             ],
-            **{**media, "grids": {**media["grids"], **flagged}},
+            path=self._path,
+            **{**media, "grids": {**self._named(media["grids"]), **flagged}},
         )
 
     def _hand(self, adapter: Adapter, publication: Publication) -> None:

@@ -27,6 +27,18 @@ def coloured(text: str, colour: str, stream: TextIO | None = None) -> str:
     return f"\033[{_CODES[colour]}m{text}\033[0m" if has_colours(shown) else text
 
 
+def plain(text: str) -> str:
+    """The text with everything that a terminal would obey, or hide, written out: escape sequences, line breaks.
+
+    For names that others gave: of files, classes, metrics, runs.
+    """
+    joiners = "\u200c\u200d"  # of scripts and emoji, harmless
+    return "".join(
+        c if c.isprintable() or c in joiners else c.encode("unicode_escape", "backslashreplace").decode()
+        for c in text
+    )
+
+
 def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """The items, under a bar on the error stream if that is a terminal and two seconds went by."""
     bar: Any = tqdm(items, what, total, leave=False, delay=2, disable=not sys.stderr.isatty())

@@ -61,9 +61,11 @@ class WandbAdapter(Adapter):
     def publish(self, shown: Publication) -> None:
         """Hand over one probe: a single `log_metrics` call, so that all of it shares one row."""
         grown = self._grown_tables(shown)
-        for name in (*shown.grids, *shown.others):
+        for name in (*shown.grids, *map(self.key, shown.others)):
             self._define(name)  # which heads will have a picture is not known before they are flagged
-        self.logger.log_metrics({**shown.finite, **_media(shown), **grown}, step=shown.step)
+        self.logger.log_metrics(
+            {**shown.finite, **_media(shown, self.key(keys.IMPORTANCE_HISTOGRAM)), **grown}, step=shown.step
+        )
         for table in grown.values():
             _forget_rows(table)
 
@@ -86,7 +88,9 @@ class WandbAdapter(Adapter):
             if path is None:
                 continue
             # One name per run: a resumed run adds a version.
-            artefact = wandb.Artifact(self.key(f"gmar-{kind}-{run.id}"), type=f"gmar-{kind}")
+            artefact = wandb.Artifact(
+                self.key(f"gmar-{kind}-{run.id}").replace("/", "-"), type=f"gmar-{kind}"
+            )
             artefact.add_dir(str(path)) if path.is_dir() else artefact.add_file(str(path))
             run.log_artifact(artefact)
 
@@ -98,9 +102,9 @@ class WandbAdapter(Adapter):
             for event in shown.events:
                 events.add_data(*(_cell(event.get(name)) for name in _EVENT_COLUMNS))
         if shown.image_rows and len(shown.heatmaps):
-            grown[keys.IMAGES] = self._table(keys.IMAGES, _IMAGE_COLUMNS)
+            images = grown[self.key(keys.IMAGES)] = self._table(self.key(keys.IMAGES), _IMAGE_COLUMNS)
             for row in _image_rows(shown):
-                grown[keys.IMAGES].add_data(*row)
+                images.add_data(*row)
         return grown
 
     def _table(self, key: str, columns: Sequence[str]) -> Any:
@@ -123,7 +127,7 @@ def offline_run(loggers: Sequence[Any]) -> Path | None:
     return None
 
 
-def _media(shown: Publication) -> dict[str, Any]:
+def _media(shown: Publication, histogram: str) -> dict[str, Any]:
     import wandb
 
     media: dict[str, Any] = {
@@ -138,7 +142,7 @@ def _media(shown: Publication) -> dict[str, Any]:
     if finite.size:
         # A fixed range, in fair shares, so that the rows of all steps line up.
         counts = np.histogram(np.clip(finite, 0, 4), bins=32, range=(0, 4))
-        media[keys.IMPORTANCE_HISTOGRAM] = wandb.Histogram(np_histogram=counts)
+        media[histogram] = wandb.Histogram(np_histogram=counts)
     return media
 
 

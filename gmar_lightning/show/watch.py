@@ -14,7 +14,7 @@ import numpy as np
 from gmar_lightning.monitor.history import History
 from gmar_lightning.monitor.record import ProbeRecord, effective_heads
 from gmar_lightning.show.folders import record_folder
-from gmar_lightning.show.terminal import coloured, has_colours, raster
+from gmar_lightning.show.terminal import coloured, has_colours, plain, raster
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +101,9 @@ class Screen:
             print(probe_line(record))
             for event in record.events:
                 bad = event.kind in ("collapsed", "layer_vanishing", "nonfinite") or "collapse" in event.kind
-                print(coloured(f"           {event.kind}: {event.message}", "red" if bad else "yellow"))
+                print(
+                    coloured(plain(f"           {event.kind}: {event.message}"), "red" if bad else "yellow")
+                )
         last = next((record for record in reversed(news) if record.shares is not None), None)
         if last is not None and last.shares is not None:
             lines = raster(last.shares, last.flagged)
@@ -118,13 +120,13 @@ def probe_line(record: ProbeRecord) -> str:
     """One probe in one line: where, flags, effective heads, weakest head in fair shares, drift, metrics."""
     where = f"  {record.step:>8} {record.epoch:>5}"
     if record.shares is None:
-        return coloured(f"{where} failed: {record.failure}", "red")
+        return coloured(plain(f"{where} failed: {record.failure}"), "red")
     shares = record.shares
     relative = shares * np.isfinite(shares).sum(1, keepdims=True)
     drift = np.asarray((record.drift or {}).get("rank_correlation_previous", ()), dtype=float)
     moved = f"{1 - np.nanmean(drift):6.2f}" if np.isfinite(drift).any() else "     -"
     flags = f"{len(record.flagged):>7}"
-    metrics = "  ".join(f"{name} {value:.4g}" for name, value in list(record.metrics.items())[:4])
+    metrics = "  ".join(f"{plain(name)} {value:.4g}" for name, value in list(record.metrics.items())[:4])
     return (
         f"{where} {coloured(flags, 'red') if record.flagged else flags} {np.nanmean(effective_heads(shares)):9.2f} "
         f"{np.nanmin(relative):7.2f} {moved}  {metrics}"
@@ -141,7 +143,7 @@ def _complete_lines(path: Path, offset: int, heads: Sequence[int]) -> tuple[list
     for line in complete.splitlines():
         try:
             records.append(ProbeRecord.from_json(json.loads(line), heads))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             print(f"{path}: a damaged line is left out", file=sys.stderr)
     return records, offset + len(complete)
 

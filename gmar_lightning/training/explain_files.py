@@ -18,11 +18,16 @@ from gmar_lightning.explain.gmar import GMARResult, gmar
 from gmar_lightning.explain.importance import Norm
 from gmar_lightning.explain.output import Output, predicted
 from gmar_lightning.explain.rollout import Rollout
+from gmar_lightning.monitor.photographs import read_photograph
 from gmar_lightning.show.grids import contribution_grid, importance_grid
 from gmar_lightning.show.head_pictures import all_heads_sheet
 from gmar_lightning.show.render import contact_sheet, enlarged, on_one_sheet, overlay
-from gmar_lightning.show.terminal import progress
+from gmar_lightning.show.terminal import plain, progress
 from gmar_lightning.training.model import Classifier
+from gmar_lightning.training.weights import refuse_code
+
+# A photograph is never resized to more than this.
+_MOST_PIXELS = 64 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,18 +63,19 @@ def run(arguments: argparse.Namespace) -> int:
         Exit code: 0 when all files were explained, 1 when some were not, 2 when none could be.
     """
     try:
+        refuse_code(arguments.checkpoint)
         model = Classifier.load_from_checkpoint(arguments.checkpoint, map_location="cpu").eval()
         target = _class_index(arguments.target, model.class_names)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        print(f"{arguments.checkpoint}: cannot be used: {error}", file=sys.stderr)
+    except Exception as error:  # a file may be broken in any way
+        print(plain(f"{arguments.checkpoint}: cannot be used: {error}"), file=sys.stderr)
         return 2
     arguments.out.mkdir(parents=True, exist_ok=True)
     paths, done = _distinct_names(arguments.images), 0
     for path, name in progress(paths, len(paths), "explaining"):
         try:
             photograph = _read(path, model.image_size)
-        except (OSError, SyntaxError, ValueError) as error:
-            print(f"{path}: skipped, cannot be read: {error}", file=sys.stderr)
+        except (OSError, ValueError, MemoryError) as error:
+            print(plain(f"{path}: skipped, cannot be read: {error}"), file=sys.stderr)
             continue
         try:
             result = gmar(
@@ -82,10 +88,10 @@ def run(arguments: argparse.Namespace) -> int:
                 output=arguments.output,
             )
         except (UnsupportedModelError, ValueError) as error:
-            print(f"{arguments.checkpoint}: {error}", file=sys.stderr)
+            print(plain(f"{arguments.checkpoint}: {error}"), file=sys.stderr)
             return 2
         _write(arguments.out / f"{name}_gmar.jpg", photograph, result, with_heads=arguments.heads)
-        print(f"{path}: {_said(result, model.class_names)} -> {arguments.out / f'{name}_gmar.jpg'}")
+        print(plain(f"{path}: {_said(result, model.class_names)} -> {arguments.out / f'{name}_gmar.jpg'}"))
         done += 1
     return 0 if done == len(paths) else 1 if done else 2
 
@@ -114,11 +120,14 @@ def _distinct_names(paths: Sequence[Path]) -> list[tuple[Path, str]]:
 
 def _read(path: Path, size: int) -> np.ndarray:
     """The photograph as validation sees it: shorter side resized, centre cropped."""
-    with Image.open(path) as image:
-        rgb = image.convert("RGB")
+    rgb = read_photograph(path)
     factor = size / min(rgb.size)
     width, height = (max(size, round(side * factor)) for side in rgb.size)
     left, top = (width - size) // 2, (height - size) // 2
+    if width * height > _MOST_PIXELS:  # a strip: only its middle is resized
+        box = [side / factor for side in (left, top, left + size, top + size)]
+        middle = (box[0], box[1], min(box[2], rgb.width), min(box[3], rgb.height))
+        return np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC, box=middle))
     resized = rgb.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 

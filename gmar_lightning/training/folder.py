@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from gmar_lightning.monitor.photographs import read_photograph
 from gmar_lightning.training.data import ImageData, stratified_split
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -36,9 +37,8 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         path = self.paths[index]
         try:
-            with Image.open(path) as image:
-                rgb = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
+            rgb = read_photograph(path)
+        except (OSError, ValueError) as error:
             raise RuntimeError(f"{path} cannot be decoded ({error}): repair or remove this file") from error
         return self.transform(rgb), self.labels[index]
 
@@ -78,7 +78,7 @@ def readable(paths: list[Path]) -> list[Path]:
         try:
             with Image.open(path) as image:
                 image.verify()
-        except (OSError, SyntaxError, ValueError):
+        except Exception:  # decoders fail in ways of their own
             broken.append(path)
     if broken:
         names = ", ".join(str(path) for path in broken[:10]) + (", ..." if len(broken) > 10 else "")

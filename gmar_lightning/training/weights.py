@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
@@ -33,6 +34,32 @@ def create_pretrained(name: str, arguments: dict[str, Any]) -> nn.Module:
         ) from error
 
 
+def refuse_code(path: str | Path) -> None:
+    """Refuse a checkpoint whose loading would run code.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds more than tensors and plain values, or is no checkpoint.
+    """
+    try:
+        torch.load(path, map_location="meta", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(in_words(error)) from error
+
+
+def in_words(error: Exception) -> str:
+    """Why torch would not load a file."""
+    if isinstance(error, UnpicklingError) and "Unsupported" in str(error):
+        # torch advises to load it all the same, at length
+        return (
+            "it holds Python objects beside tensors and plain values; loading those can run code that somebody put "
+            "there, so they are not loaded. Save the state_dict alone"
+        )
+    return f"it is no checkpoint that torch can read, or it is damaged ({type(error).__name__})"
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a .safetensors, .pth, .pt, .bin or .ckpt file by name.
 
@@ -51,9 +78,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read as weights: {error}") from error
     except Exception as error:
         # torch.load reports a pickle with code in it by its own UnpicklingError, text files by others
-        raise ValueError(
-            f"{path} cannot be read safely as tensors ({type(error).__name__}: {error})"
-        ) from error
+        raise ValueError(f"{path} cannot be read safely as tensors: {in_words(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

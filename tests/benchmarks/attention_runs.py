@@ -96,12 +96,14 @@ def _tampered(qkv: Tensor, what: Plant, width: int, heads: int) -> Tensor:
     values = {"values": here * level, "all values": torch.full_like(here, level)}
     q = q * (1 + here * queries.get(what.kind, 0.0))
     v = v * (1 - values.get(what.kind, torch.zeros_like(here)))
-    if what.kind == "sink" and level > 0:
+    if what.kind in ("sink", "no-op sink") and level > 0:
         # a direction of its own carries the pull of the first token, and nothing else
         first = torch.zeros(q.shape[1]).index_fill(0, torch.tensor(0), 1.0)[:, None, None]
         push = here * what.direction * (6.0 * width**0.25 * level)
         k = k - (k @ what.direction)[..., None] * what.direction * here
         q, k = q + push, k + push * first
+        if what.kind == "no-op sink":
+            v = v * (1 - level * here * first)
     if what.kind == "copy":
         q, k, v = (
             torch.where(keep[:, None], torch.lerp(x, x[:, :, [what.other]].expand_as(x), level), x)

@@ -341,6 +341,16 @@ def examine(model: Listed) -> tuple[str, str]:
         size = 0  # no meta construction: find out by building
     if size > LARGEST:
         return "too large", f"{size / 1e6:.0f} M parameters"
+    outcome = "not run", "no image size"
+    sizeless = {key: value for key, value in model.options.items() if key != "img_size"}
+    for options in (model.options, sizeless):  # some branches fit together at their own size alone
+        outcome = _examined(dataclasses.replace(model, options=options))
+        if outcome[0] not in ("not run", "not built"):
+            break
+    return outcome
+
+
+def _examined(model: Listed) -> tuple[str, str]:
     try:
         built = build(model)
     except Exception as failure:

@@ -179,7 +179,7 @@ def main() -> None:
     )
     print(header.format("detector"))
     print(line("shipped", runs, shipped))
-    for name, (setting, method) in tuned(tuning).items():
+    for name, (setting, method) in (tuned(tuning) if tuning else {}).items():
         of_signals = lambda run, method=method: method(run.signals["importance"])  # noqa: E731
         print(line(f"{name}, {setting}", runs, of_signals))
     print("\n" + header.format("recipe, shipped detector"))

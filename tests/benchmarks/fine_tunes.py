@@ -26,9 +26,9 @@ from tests.benchmarks.faithfulness import add_model_arguments, load, prepared, s
 from tests.benchmarks.training import Hooks, Signals, events_of, file_of, kept, signals_of
 from tests.helpers.planted import fall
 
-PROBES, EVERY, PROBED, BATCH = 14, 2, 10, 8
-HEALTHY_SEEDS, PLANTED_SEEDS = range(800, 810), range(820, 825)
-RATES = (1e-5, 3e-5, 1e-4)
+PROBES, EVERY, PROBED, BATCH = 12, 2, 8, 6
+HEALTHY_SEEDS, PLANTED_SEEDS = range(840, 850), range(860, 865)
+RATES = (1e-6, 3e-6, 1e-5)
 CAUSES = {
     "values": "switched off by its values",
     "projection": "switched off by its output projection",
@@ -63,7 +63,7 @@ def planted(kind: str, seed: int, layers: int, heads: int) -> Plant:
     """What is switched off, where, and how fast."""
     rng = np.random.default_rng([seed, 13])
     layer, head = int(rng.integers(layers)), int(rng.integers(heads))
-    gate = fall(PROBES, 7, (1, 4)[seed % 2], 0.0)
+    gate = fall(PROBES, 6, (1, 3)[seed % 2], 0.0)
     whole = kind in ("layer scale", "values of a layer")
     places = [(layer, at) for at in range(heads)] if whole else [(layer, head)]
     place = {"projection": "output", "layer scale": "scale"}.get(kind, "value")

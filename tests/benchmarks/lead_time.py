@@ -24,11 +24,16 @@ from gmar_lightning.monitor.attention_kinds import RULES
 from tests.benchmarks.training import Hooks, Recipe, Signals, digits, events_of, file_of, kept, learn
 
 UNSTABLE = ("rate x 30", "no warm-up", "half precision", "queries and keys x 10")
-SEEDS, HEALTHY_SEEDS = range(500, 512), range(600, 690)
+SEEDS, HEALTHY_SEEDS = range(500, 512), range(700, 790)
 PROBES, EVERY = 50, 4
 ALARMS = {"collapsed", "layer_vanishing", "nonfinite", *(rule.kind for rule in RULES)}
 SHAPES = ((2, 3, 12, 8), (4, 6, 8, 8), (3, 16, 4, 8), (3, 4, 8, 8))
-HEALTHY_AS = (("AdamW", 2e-3), ("SGD", 0.2), ("Muon", 0.01), ("AdamW", 1e-3))
+HEALTHY_AS = (
+    ("AdamW", 2e-3, 5),
+    ("SGD", 0.05, 20),
+    ("Muon", 0.01, 4),
+    ("AdamW", 1e-3, 8),
+)  # rate, steps between probes
 
 
 @dataclass
@@ -70,18 +75,19 @@ def unstable(kind: str, seed: int, folder: Path) -> tuple[Signals, int]:
     """A run that becomes unstable, and the probe from which."""
     start = 0 if kind == "no warm-up" else 26 + seed % 5  # once it has learned something
     trouble = Trouble(kind, start)
-    recipe = Recipe(*SHAPES[seed % len(SHAPES)], rate=trouble.rate(2e-3))
+    recipe = Recipe(*SHAPES[seed % len(SHAPES)], rate=trouble.rate(2e-3), probes=PROBES, every=EVERY)
     hooks = Hooks(before_probe=trouble.before_probe, after_step=trouble.after_step)
     name = f"{kind} {seed}"
-    return kept(folder, name, lambda: learn(recipe, seed, digits(), hooks, PROBES, EVERY)), start
+    return kept(folder, name, lambda: learn(recipe, seed, digits(), hooks)), start
 
 
 def healthy(seed: int, folder: Path) -> Signals:
     """A short run to which nothing is done: four shapes, three optimisers, one in five with QK-norm or drop path."""
-    optimizer, rate = HEALTHY_AS[(seed // len(SHAPES)) % len(HEALTHY_AS)]
+    optimizer, rate, every = HEALTHY_AS[(seed // len(SHAPES)) % len(HEALTHY_AS)]
     shape = SHAPES[seed % len(SHAPES)]
-    recipe = Recipe(*shape, optimizer, rate, qk_norm=seed % 5 == 0, drop_path=0.1 * (seed % 5 == 1))
-    return kept(folder, f"healthy {seed}", lambda: learn(recipe, seed, digits(), Hooks(), 20, 3))
+    other = seed % 5
+    recipe = Recipe(*shape, optimizer, rate, other == 0, drop_path=0.1 * (other == 1), probes=24, every=every)
+    return kept(folder, f"healthy {seed}", lambda: learn(recipe, seed, digits(), Hooks()))
 
 
 def spikes(values: np.ndarray) -> list[float]:

@@ -18,7 +18,6 @@ from gmar_lightning.explain.gmar import gmar
 from gmar_lightning.monitor.collapse import CollapseDetector
 from gmar_lightning.monitor.events import HeadEvent
 
-EVERY = 5  # optimizer steps between probes
 Signals = dict[str, np.ndarray]
 
 
@@ -35,11 +34,12 @@ class Recipe:
     qk_norm: bool = False
     drop_path: float = 0.0
     probes: int = 30
+    every: int = 5  # optimizer steps between probes
 
 
 RECIPES = {
     "AdamW, 2 x 6": Recipe(2, 6),
-    "SGD, 2 x 6": Recipe(2, 6, optimizer="SGD", rate=0.2),
+    "SGD, 2 x 6": Recipe(2, 6, optimizer="SGD", rate=0.05, every=20),
     "Muon, 2 x 6": Recipe(2, 6, optimizer="Muon", rate=0.01),
     "QK-norm, 2 x 6": Recipe(2, 6, qk_norm=True),
     "stochastic depth 0.2, 3 x 4": Recipe(3, 4, drop_path=0.2),
@@ -113,13 +113,12 @@ def learn(
     data: tuple[Tensor, Tensor],
     hooks: Hooks,
     probes: int | None = None,
-    every: int = EVERY,
 ) -> Signals:
     """One run from initialisation.
 
     Returns:
         Every signal, `(probes, layers, heads)`; `loss` and `gradient` (the global norm) of the steps that
-        followed each probe, `(probes, every)`; `accuracy` on 200 held-out digits at the end.
+        followed each probe, `(probes, recipe.every)`; `accuracy` on 200 held-out digits at the end.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -134,7 +133,7 @@ def learn(
         row = signals_of(model.eval(), images[held[:32]], labels[held[:32]])
         model.train()
         steps = []
-        for _ in range(every):
+        for _ in range(recipe.every):
             batch = rng.choice(pool, 32)
             loss = F.cross_entropy(model(images[batch]), labels[batch])
             model.zero_grad()

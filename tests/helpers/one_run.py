@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ STEPS, EVERY, SAVED_EVERY = 40, 2, 5
 class Interrupts(Callback):
     """Presses Ctrl-C, or pulls the plug, before the step after so many."""
 
-    def __init__(self, step: int, number: int):
+    def __init__(self, step: int | str, number: int):
         self.step, self.number = step, number
 
     def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
@@ -29,8 +30,18 @@ class Interrupts(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def run(folder: Path, output: Path, interrupt: tuple[int, int] | None = None) -> None:
-    """Train, from the last checkpoint where there is one; `interrupt` is (step, signal)."""
+def when_the_report_is_written(number: int) -> None:
+    """Send this process a signal at the moment its report is opened for writing."""
+
+    def heard(event: str, details: tuple[Any, ...]) -> None:
+        if event == "open" and str(details[0]).endswith(".report.html.partial"):
+            os.kill(os.getpid(), number)
+
+    sys.addaudithook(heard)
+
+
+def run(folder: Path, output: Path, interrupt: tuple[int | str, int] | None = None) -> None:
+    """Train, from the last checkpoint where there is one; `interrupt` is (step or "report", signal)."""
     with output.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -41,7 +52,9 @@ def run(folder: Path, output: Path, interrupt: tuple[int, int] | None = None) ->
     last = folder / "last.ckpt"
     keep = ModelCheckpoint(folder, filename="kept", save_last=True, every_n_train_steps=SAVED_EVERY)
     callbacks: list[Any] = [watcher(folder, every_n_train_steps=EVERY), keep]
-    if interrupt is not None:
+    if interrupt is not None and interrupt[0] == "report":
+        when_the_report_is_written(interrupt[1])
+    elif interrupt is not None:
         callbacks.append(Interrupts(*interrupt))
     data = DataLoader(Images(32), 4, shuffle=True), DataLoader(Images(8, seed=1), 4)
     print("begin", flush=True)
