@@ -85,7 +85,7 @@ def _per_head(value, batch, layout):
 
 
 # Modules that make a map of a softmax's result, and where they have the heads.
-TALKING = {"proj_w": "heads last", "talking_head2": ""}
+TALKING = {"proj_w": "heads last", "talking_head2": "", "mix_post": "", "reattn_norm": ""}
 ONE_AFTER_THE_OTHER = {"CascadedGroupAttention"}  # a map per head
 
 
@@ -185,11 +185,11 @@ def heads_alone(maps):
     return [(m.grad.abs().sum((0, 2, 3)), (m.attention * m.grad).sum((0, 2, 3))) for m in maps]
 
 
-def stage_row(maps, rollout, parallel=1):
+def stage_row(maps, rollout, parallel=1, read=None):
     """The row of the last stage, all of whose tokens the classifier averages, `(tokens,)`.
 
     The stage is the last run of maps over one set of all tokens, without a convolution between them;
-    `parallel` maps sit at one depth.
+    `parallel` maps sit at one depth. With `read`, the row `(tokens,)` that the classifier reads instead of the mean.
     """
     last, stage = maps[-1], []
     for one in reversed(maps):
@@ -204,4 +204,5 @@ def stage_row(maps, rollout, parallel=1):
         gated = (one.attention * one.grad).clamp(min=0)
         weighted.append((weights * (gated if rollout == "gradient" else one.attention)).sum(1))
     depths = [sum(weighted[i : i + parallel]) / parallel for i in range(0, len(weighted), parallel)]
-    return full_rollout(depths, rollout, 1.0)[0].mean(0)
+    product = full_rollout(depths, rollout, 1.0)[0]
+    return product.mean(0) if read is None else read.to(product) @ product
