@@ -23,7 +23,7 @@ def test_written_by_hand(kind):
         importance, contribution = (torch.stack(part) for part in zip(*heads_alone(maps), strict=True))
         assert relative_error(found.importance[index], importance) < 1e-10
         assert relative_error(found.contribution[index], contribution) < 1e-10
-        # "flow" divides by the sum of the row that is pulled; by those of the map's rows only where they are all alike.
+        # "flow" divides by the sum of the row that is pulled; by those of the map's rows only where all are alike.
         forms = [form for form in found.maps if form != "flow" or kind != "deepvit"]
         for form in forms:
             shown = found.maps[form]

@@ -7,7 +7,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from gmar_lightning.monitor.events import HeadEvent
+from gmar_lightning.monitor.record import ProbeRecord
+from gmar_lightning.monitor.say import SayOnce
 from gmar_lightning.reaction import Reaction
+from gmar_lightning.recording import Tolerance
 
 
 def event(kind):
@@ -17,14 +20,12 @@ def event(kind):
 def react(choice, kinds):
     """The text of warnings and alerts, what a callable got, and whether the run is to stop."""
     alerted, called, trainer = [], [], Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
-    reaction = Reaction(lambda *given: called.append([e.kind for e in given[2]]) if choice is None else None)
-    if choice is not None:
-        reaction = Reaction(choice)
+    reacts = choice or (lambda *given: called.append([event.kind for event in given[2]]))
+    reaction = Reaction(reacts, Tolerance("raise", SayOnce()))
+    record = ProbeRecord(step=9, global_step=9, events=tuple(event(kind) for kind in kinds))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        reaction.to(
-            trainer, BoringModel(), [event(kind) for kind in kinds], lambda *text: alerted.append(text[1])
-        )
+        reaction.to(trainer, BoringModel(), record, lambda *text: alerted.append(text[1]))
     said = "".join(str(warning.message) for warning in caught if "GMARCallback" in str(warning.message))
     return said, "".join(alerted), called, trainer.should_stop
 

@@ -193,7 +193,7 @@ def test_a_resumed_run_does_not_try_again_what_left_a_trace(tmp_path: Path) -> N
             trainer, _ = fit(
                 folder, make(), loaders(16), callbacks=[again], max_epochs=2, ckpt_path=str(folder / "a.ckpt")
             )
-        assert again._taker.selftest.mode == mode
+        assert again.watches[0]._taker.selftest.mode == mode
         assert trainer.global_step == 8
         if mode == "refused":
             expected = OneWay(1)
