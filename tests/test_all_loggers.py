@@ -24,7 +24,13 @@ from tests.helpers.tiny import Classifier, Rows, fit, loaders, watcher
 ROOT = Path(__file__).parents[1]
 EXTRA = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["loggers"]
 PACKAGES = ("mlflow", "comet_ml", "swanlab", "trackio")
-SHOWN = ("gmar/heatmaps", "gmar/head_importance", "gmar/head_evolution")
+SHOWN = (
+    "gmar/heatmaps",
+    "gmar/head_importance",
+    "gmar/head_evolution",
+    "gmar/head_contribution",
+    "gmar/head_contribution_evolution",
+)
 
 
 @pytest.fixture(scope="module")
