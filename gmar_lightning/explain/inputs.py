@@ -144,7 +144,7 @@ def watched_forward(classifier: nn.Module, inputs: Mapping[str, Any]) -> Any:
         return forward(classifier, inputs)
     except UnsupportedModelError:
         raise
-    except (NotImplementedError, ValueError) as error:  # out of memory, say, is no refusal
+    except (NotImplementedError, ValueError) as error:  # wrong arguments, missing operators
         raise ForwardError from error
     except (TypeError, IndexError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
         words = str(error).lower()
