@@ -243,6 +243,7 @@ def test_clock_set_back(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_stopped_while_the_report_is_written(number: int, tmp_path: Path) -> None:
     code = finish(tmp_path, ("report", number))
